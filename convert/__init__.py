@@ -1,0 +1,47 @@
+"""qconvert: quantised checkpoints from any producer, into one canonical form.
+
+    import convert
+
+    report = convert.convert_checkpoint("IN", "OUT")
+
+Importing this package is cheap: what needs NumPy is imported when it is first used, and nothing here needs torch.
+None of the functions prints.  Errors are `ConvertError`.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from .errors import ConvertError, MachineError, Problem, UsageError
+
+if TYPE_CHECKING:
+    from .executor import Report as Report
+    from .executor import convert_checkpoint as convert_checkpoint
+    from .exporter import export_checkpoint as export_checkpoint
+    from .inspector import inspect_checkpoint as inspect_checkpoint
+    from .plan import Plan as Plan
+    from .planner import plan_conversion as plan_conversion
+    from .verifier import verify_conversion as verify_conversion
+    from .verifier import verify_digests as verify_digests
+
+__version__ = "0.1.0"
+
+_WHERE = {
+    "Plan": "plan",
+    "Report": "executor",
+    "convert_checkpoint": "executor",
+    "export_checkpoint": "exporter",
+    "inspect_checkpoint": "inspector",
+    "plan_conversion": "planner",
+    "verify_conversion": "verifier",
+    "verify_digests": "verifier",
+}
+
+__all__ = ["ConvertError", "MachineError", "Problem", "UsageError", "__version__", *sorted(_WHERE)]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _WHERE:
+        return getattr(import_module(f".{_WHERE[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

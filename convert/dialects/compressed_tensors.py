@@ -1,0 +1,173 @@
+"""compressed-tensors, written by llm-compressor and others.  Source: compressed-tensors 0.20.0, run.
+
+`weight_scale` and `input_scale` multiply and have the model's dtype; the two `*_global_scale` divide.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from ..errors import ConvertError, Problem
+from ..names import NameSpace
+from .base import (
+    FLOATS,
+    SCALAR,
+    Claim,
+    Dialect,
+    Encoding,
+    KvClaim,
+    Matcher,
+    Module,
+    Rules,
+    Stored,
+    config_name,
+    exact_matcher,
+    expect_mapping,
+    expect_names,
+    regex_matcher,
+)
+
+_FP8 = Stored("weight", "weight", ("F8_E4M3",), (("N", "K"),), "copy")
+_FP4 = Stored("weight_packed", "weight", ("U8",), (("N", "K/2"),), "copy")
+_INPUT = Stored("input_scale", "input_scale", FLOATS, SCALAR, "f32", optional=True)
+_E8M0 = Stored("weight_scale", "weight_scale", ("U8", "F8_E8M0"), (("N", "K/32"),), "copy")
+_SOURCE = "compressed-tensors 0.20.0"
+
+ENCODINGS = (
+    Encoding(
+        "fp8_tensor", (_FP8, Stored("weight_scale", "weight_scale", FLOATS, SCALAR, "f32"), _INPUT), _SOURCE
+    ),
+    Encoding(
+        "fp8_channel", (_FP8, Stored("weight_scale", "weight_scale", FLOATS, (("N", "1"),), "f32"), _INPUT), _SOURCE
+    ),
+    Encoding("fp8_block", (_FP8, Stored("weight_scale", "weight_scale", FLOATS, (("NB", "KB"),), "f32")), _SOURCE),
+    Encoding(
+        "nvfp4",
+        (
+            _FP4,
+            Stored("weight_scale", "weight_scale", ("F8_E4M3",), (("N", "K/16"),), "copy"),
+            Stored("weight_global_scale", "weight_scale_2", ("F32",), SCALAR, "reciprocal"),
+            Stored("input_global_scale", "input_scale", ("F32",), SCALAR, "reciprocal", optional=True),
+        ),
+        _SOURCE,
+    ),
+    Encoding("mxfp4", (_FP4, _E8M0), _SOURCE),
+    Encoding("mxfp8", (_FP8, _E8M0), _SOURCE),
+)
+
+# (type, num_bits, strategy, group_size) of weights -> scheme.
+WEIGHTS: Mapping[tuple[Any, ...], str] = {
+    ("float", 8, "tensor", None): "fp8_tensor",
+    ("float", 8, "channel", None): "fp8_channel",
+    ("float", 8, "block", None): "fp8_block",
+    ("float", 8, "group", 32): "mxfp8",
+    ("float", 4, "tensor_group", 16): "nvfp4",
+    ("float", 4, "group", 32): "mxfp4",
+}
+# (type, num_bits, strategy, dynamic) of input activations -> activations; "local": block scales dynamic, global stored.
+INPUTS: Mapping[tuple[Any, ...], str] = {
+    ("float", 8, "tensor", False): "fp8_static",
+    ("float", 8, "tensor", True): "fp8_tensor",
+    ("float", 8, "token", True): "fp8_token",
+    ("float", 4, "tensor_group", "local"): "nvfp4",
+}
+GROUPED_INPUTS: Mapping[tuple[Any, ...], str] = {  # (type, num_bits, group_size), all dynamic
+    ("float", 8, 128): "fp8_group",
+    ("float", 8, 32): "mxfp8",
+    ("float", 4, 32): "mxfp4",
+}
+REMEDY = "export with a float8, NVFP4 or MX preset (FP8, FP8_DYNAMIC, FP8_BLOCK, NVFP4, NVFP4A16, MXFP4, MXFP8)"
+
+
+def _describe(args: Mapping[str, Any]) -> str:
+    keys = ("num_bits", "type", "strategy", "group_size", "dynamic", "symmetric")
+    return ", ".join(f"{k} {args[k]}" for k in keys if args.get(k) is not None)
+
+
+def _weights(args: Mapping[str, Any], where: str, group: str) -> str:
+    strategy = args.get("strategy")
+    size = args.get("group_size") if strategy in ("group", "tensor_group") else None
+    scheme = WEIGHTS.get((args.get("type"), args.get("num_bits"), strategy, size))
+    if scheme == "fp8_block" and list(args.get("block_structure") or (128, 128)) != [128, 128]:
+        scheme = None
+    if scheme is None or args.get("symmetric") is False or args.get("actorder"):
+        kind = "INT" if args.get("type") == "int" else "weights"
+        raise ConvertError(
+            Problem(where, group, "weights of a supported format", f"{kind} with {_describe(args)}", REMEDY)
+        )
+    return scheme
+
+
+def _inputs(args: Mapping[str, Any] | None, where: str, group: str) -> str | None:
+    if args is None:
+        return None
+    key = (args.get("type"), args.get("num_bits"))
+    if args.get("strategy") == "group":
+        found = GROUPED_INPUTS.get((*key, args.get("group_size"))) if args.get("dynamic") else None
+    else:
+        found = INPUTS.get((*key, args.get("strategy"), args.get("dynamic")))
+    if found is None:
+        raise ConvertError(
+            Problem(where, group, "input activations of a supported format", _describe(args) or repr(args)[:80], REMEDY)
+        )
+    return found
+
+
+def _matcher(target: str, where: str, space: NameSpace) -> Matcher:
+    """One `targets` or `ignore` entry: `re:` pattern, module path, or class name."""
+    if target.startswith("re:"):
+        return regex_matcher(target[3:], where)
+    if "." not in target and target.endswith("Linear"):  # Linear, and classes that derive from it
+        return _is_linear
+    return exact_matcher(target, space)
+
+
+def _is_linear(module: Module) -> bool:
+    return module.is_linear
+
+
+def _kv_claim(args: Any) -> KvClaim | None:
+    if not isinstance(args, Mapping):
+        return None
+    fp8 = args.get("type") == "float" and args.get("num_bits") == 8 and not args.get("dynamic")
+    return KvClaim("fp8" if fp8 else _describe(args), _describe(args))
+
+
+def read(block: Mapping[str, Any], where: str, space: NameSpace) -> Rules:
+    """Read a compressed-tensors config.  Raises `ConvertError` for formats and transforms that cannot be converted."""
+    rules = Rules(where, DIALECT.name)
+    if block.get("transform_config"):
+        raise ConvertError(
+            Problem(where, "transform_config", "none", "transforms that change the maths at run time",
+                    "export without transforms (Hadamard, SpinQuant)")
+        )  # fmt: skip
+    sparsity = block.get("sparsity_config") or {}
+    if sparsity.get("format", "dense") != "dense":
+        raise ConvertError(
+            Problem(where, "sparsity_config", "dense weights", str(sparsity.get("format")), "export without sparsity")
+        )
+    claims: list[tuple[Mapping[str, Any], Claim]] = []
+    for name, group in expect_mapping(block.get("config_groups") or {}, where, "config_groups").items():
+        group = expect_mapping(group, where, name)
+        weights = group.get("weights")
+        if weights is None:
+            continue  # a group that only quantises activations (a KV cache or attention group)
+        scheme = _weights(expect_mapping(weights, where, name), where, name)
+        inputs = _inputs(group.get("input_activations"), where, name)
+        claims.append((group, Claim(scheme, inputs, f"{group.get('format') or block.get('format')} ({name})")))
+    for group, claim in claims:
+        for target in expect_names(group.get("targets"), where, "targets"):
+            matcher = _matcher(config_name(target, space, rules), where, space)
+            rules.ordered.append((matcher, replace(claim, explicit=matcher is not _is_linear)))
+    # Path and pattern targets win over class names, whatever the order of the groups.
+    rules.ordered.sort(key=lambda pair: pair[0] is _is_linear)
+    for name in expect_names(block.get("ignore"), where, "ignore"):
+        rules.ignored.append(_matcher(config_name(name, space, rules), where, space))
+    rules.uniform = len({c for _, c in claims}) <= 1
+    rules.kv_cache = _kv_claim(block.get("kv_cache_scheme"))
+    return rules
+
+
+DIALECT = Dialect("compressed-tensors", ENCODINGS, ("compressed-tensors", "compressed_tensors"), read)

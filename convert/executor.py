@@ -1,0 +1,335 @@
+"""Carries out a plan: streams byte ranges from source files into the shards of OUT.
+
+Most bytes go from file to file without passing through Python; FP8 codes and block scales are read in pieces, because their
+values are checked on the way.  Peak memory: `CHUNK` bytes per worker and the small tensors that are computed (scales).
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from runtime.format import CONFIG_FILE, INDEX_FILE, REPORT_FILE
+
+from .apply import count_zeros, find_fault, transform
+from .errors import ConvertError, MachineError, Problem
+from .ops import CHECKS, Step
+from .plan import Plan
+from .planner import DEFAULT_SHARD_SIZE, plan_source
+from .safetensors_writer import header_bytes
+from .source import SourceFile, TensorInfo, read_source
+from .staging import check_target, staged
+
+CHUNK = 4 << 20
+SMALL = 1 << 20  # checked tensors up to this size are read once before anything is written, so that all faults are listed
+STREAMED_CHECKS = frozenset({"fp8_codes", "e4m3_scale", "e8m0_scale"})
+
+Progress = Callable[[int], None]  # called with the number of bytes written since the last call
+
+
+@dataclass(slots=True)
+class Report:
+    """What a conversion did; the content of `conversion.json`."""
+
+    data: dict[str, Any] = field(default_factory=dict)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self.data[name]
+        except KeyError:
+            raise AttributeError(name) from None
+
+    def to_json(self) -> dict[str, Any]:
+        """The report as JSON values."""
+        return dict(self.data)
+
+
+class _Files:
+    """The open source files of one run, with a handle for each thread."""
+
+    def __init__(self, files: dict[str, SourceFile], stack: ExitStack) -> None:
+        self._files, self._stack = files, stack
+        self._local = threading.local()
+        self._lock = threading.Lock()
+
+    def descriptor(self, name: str) -> int:
+        """A descriptor of a source file for this thread."""
+        handles: dict[str, BinaryIO] = self._local.__dict__.setdefault("handles", {})
+        if name not in handles:
+            stream = self._files[name].path.open("rb", buffering=0)
+            with self._lock:
+                self._stack.callback(stream.close)
+            handles[name] = stream
+        return handles[name].fileno()
+
+    def read(self, info: TensorInfo) -> bytes:
+        """All bytes of a tensor; for small ones."""
+        return b"".join(self.pieces(info))
+
+    def pieces(self, info: TensorInfo) -> Iterator[bytes]:
+        """The bytes of a tensor in pieces of at most `CHUNK`."""
+        descriptor, position = self.descriptor(info.file), info.start
+        while position < info.end:
+            piece = os.pread(descriptor, min(CHUNK, info.end - position), position)
+            if not piece:
+                raise _changed(info.file)
+            yield piece
+            position += len(piece)
+
+
+def _changed(file: str) -> MachineError:
+    return MachineError(
+        Problem(file, "", "the file as it was when planning", "one that changed meanwhile", "convert again when it is stable")
+    )
+
+
+def _fault(info: TensorInfo, check: str, found: str) -> ConvertError:
+    return ConvertError(
+        Problem(
+            info.file, info.name, f"values {CHECKS[check]}", found,
+            "the tensor was never calibrated, or is damaged: fetch or export the checkpoint again",
+        )
+    )  # fmt: skip
+
+
+def check_values(plan: Plan, files: _Files) -> int:
+    """Check every small scale of a plan before anything is written.  Returns the number of zero block scales among them.
+
+    Raises `ConvertError` with all faults found.
+    """
+    problems: list[Problem] = []
+    zeros = 0
+    for step in plan.steps:
+        if not step.check or step.check in STREAMED_CHECKS:
+            continue
+        for term in step.terms:
+            info = plan.source.tensors[term.source]
+            data = files.read(info)
+            found = find_fault(step.check, data, info.dtype, term.transform)
+            if found:
+                problems += _fault(info, step.check, found).problems
+            zeros += count_zeros(step.check, data, info.dtype)
+    if problems:
+        raise ConvertError(problems)
+    return zeros
+
+
+def _write_all(target: BinaryIO, data: bytes) -> None:
+    """Write all of `data`: an unbuffered write may stop short."""
+    view = memoryview(data)
+    while view:
+        view = view[target.write(view) :]
+
+
+NOT_POSSIBLE = frozenset({errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF})
+
+
+def _copy_range(files: _Files, info: TensorInfo, target: BinaryIO) -> None:
+    """Append a tensor's bytes to `target`, in the kernel where platform and file systems allow it."""
+    descriptor, position = files.descriptor(info.file), info.start
+    while position < info.end and hasattr(os, "copy_file_range"):
+        try:
+            copied = os.copy_file_range(descriptor, target.fileno(), info.end - position, position)
+        except OSError as error:
+            if error.errno not in NOT_POSSIBLE:
+                raise
+            break
+        if copied == 0:
+            raise _changed(info.file)
+        position += copied
+    rest = TensorInfo(info.name, info.dtype, info.shape, info.file, position, info.end)
+    for piece in files.pieces(rest):
+        _write_all(target, piece)
+
+
+def _write_step(plan: Plan, step: Step, files: _Files, target: BinaryIO) -> int:
+    """Append one canonical tensor to `target`.  Returns the number of zero block scales in it."""
+    zeros = 0
+    for term in step.terms:
+        info = plan.source.tensors[term.source]
+        if term.transform == "copy" and term.repeat == 1:
+            if step.check in STREAMED_CHECKS:
+                for piece in files.pieces(info):
+                    found = find_fault(step.check, piece, info.dtype)
+                    if found:
+                        raise _fault(info, step.check, found)
+                    zeros += count_zeros(step.check, piece, info.dtype)
+                    _write_all(target, piece)
+            else:
+                _copy_range(files, info, target)
+        else:
+            data = transform(term.transform, files.read(info), info.dtype)
+            for _ in range(term.repeat):
+                _write_all(target, data)
+    return zeros
+
+
+def _write_shard(plan: Plan, name: str, files: _Files, staging: Path, progress: Progress) -> int:
+    """Write one shard of OUT and flush it.  Returns the number of zero block scales in it."""
+    steps = [plan.steps[i] for i in plan.shards[name]]
+    zeros = 0
+    with (staging / name).open("wb", buffering=0) as target:
+        _write_all(target, header_bytes((s.name, s.dtype, s.shape, s.nbytes) for s in steps))
+        for step in steps:
+            zeros += _write_step(plan, step, files, target)
+            progress(step.nbytes)
+        os.fsync(target.fileno())
+    return zeros
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file, hexadecimal."""
+    with path.open("rb") as stream:
+        digest = hashlib.sha256()
+        while piece := stream.read(CHUNK):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file for people to read, and flush it to disk."""
+    with path.open("w", encoding="utf-8") as stream:
+        json.dump(value, stream, indent=2, ensure_ascii=False)
+        stream.write("\n")
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def _copy_side_files(plan: Plan, staging: Path) -> None:
+    for relative, path in plan.source.side_files.items():
+        target = staging / relative
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, target)
+
+
+def _execute(plan: Plan, staging: Path, workers: int, hashes: bool, progress: Progress) -> Report:
+    source = plan.source
+    outputs: list[Future[str]] = []
+    with ExitStack() as stack:
+        files = _Files(source.files, stack)
+        zeros = check_values(plan, files)
+        pool = stack.enter_context(ThreadPoolExecutor(max(1, workers)))
+        hasher = stack.enter_context(ThreadPoolExecutor(1))
+        try:
+            inputs = [hasher.submit(file_digest, f.path) for f in source.files.values()] if hashes else []
+            shards = {pool.submit(_write_shard, plan, n, files, staging, progress): n for n in plan.shards}
+            done, _ = wait(shards, return_when=FIRST_EXCEPTION)
+            zeros += sum(f.result() for f in done)
+            outputs = [hasher.submit(file_digest, staging / n) for n in plan.shards] if hashes else []
+            _copy_side_files(plan, staging)
+            source_digests = [f.result() for f in inputs]
+            output_digests = [f.result() for f in outputs]
+        except BaseException:
+            pool.shutdown(wait=True, cancel_futures=True)
+            hasher.shutdown(wait=True, cancel_futures=True)
+            raise
+    for file in source.files.values():
+        status = file.path.stat()
+        if (status.st_size, status.st_mtime_ns, status.st_ino) != file.identity:
+            raise _changed(file.name)
+    index = {plan.steps[i].name: name for name, indices in plan.shards.items() for i in indices}
+    write_json(
+        staging / INDEX_FILE, {"metadata": {"total_size": plan.total_bytes}, "weight_map": dict(sorted(index.items()))}
+    )
+    write_json(staging / CONFIG_FILE, plan.config.to_json())
+    report = Report(_report(plan, zeros))
+    for key, names, digests in (
+        ("sources", list(source.files), source_digests),
+        ("outputs", list(plan.shards), output_digests),
+    ):
+        sizes = [source.files[n].identity[0] if key == "sources" else (staging / n).stat().st_size for n in names]
+        report.data[key] = [
+            {"file": n, "size": size, "sha256": digest or None}
+            for n, size, digest in zip(names, sizes, digests or [""] * len(names), strict=True)
+        ]
+    write_json(staging / REPORT_FILE, report.data)
+    return report
+
+
+def _report(plan: Plan, zeros: int) -> dict[str, Any]:
+    from . import __version__
+
+    return {
+        "converter": f"qconvert {__version__}",
+        "family": plan.config.family,
+        "dialect": plan.dialect,
+        "producer": plan.producer,
+        "tensors": len(plan.steps),
+        "bytes": plan.total_bytes,
+        "actions": dict(sorted(plan.actions().items())),
+        "repairs": plan.repairs,
+        "contradictions": plan.contradictions,
+        "dropped": [{"tensor": d.tensor, "reason": d.reason} for d in plan.dropped],
+        "zero_block_scales": zeros,
+        "side_files": sorted(plan.source.side_files),
+        "skipped_files": dict(sorted(plan.source.skipped.items())),
+    }
+
+
+def default_workers() -> int:
+    """Threads that write shards: two or three saturate one disk."""
+    return min(3, os.cpu_count() or 1)
+
+
+def convert_checkpoint(
+    in_dir: str | os.PathLike[str],
+    out_dir: str | os.PathLike[str],
+    *,
+    workers: int | None = None,
+    shard_size: int = DEFAULT_SHARD_SIZE,
+    force: bool = False,
+    verify: bool = False,
+    hashes: bool = True,
+    progress: Callable[[int, int], None] | None = None,
+) -> Report:
+    """Convert a checkpoint directory into a canonical one.
+
+    workers     threads that write shards; default `default_workers()`
+    shard_size  bytes of data per output file
+    force       replace a non-empty `out_dir`, once the new one is complete
+    verify      prove the result against the source before `out_dir` appears
+    hashes      record SHA-256 of every source and output file
+    progress    called with (bytes written, total bytes) as the work goes on, from worker threads
+
+    Returns the report.  Raises `ConvertError` when the checkpoint is refused, `UsageError` for paths that cannot be used,
+    `MachineError` when the disk fails.  On any error `out_dir` is as it was before.
+    """
+    source, out = Path(in_dir), Path(out_dir)
+    if source.is_dir():
+        check_target(out, source, force)
+    plan = plan_source(read_source(source), shard_size)
+    written = 0
+    lock = threading.Lock()
+
+    def advance(nbytes: int) -> None:
+        nonlocal written
+        with lock:
+            written += nbytes
+            if progress is not None:
+                progress(written, plan.total_bytes)
+
+    try:
+        side_bytes = sum(p.stat().st_size for p in plan.source.side_files.values())
+        with staged(out, plan.total_bytes + side_bytes) as staging:
+            report = _execute(plan, staging, workers or default_workers(), hashes, advance)
+            if verify:
+                from .verifier import verify_conversion
+
+                result = verify_conversion(source, staging)
+                report.data["verified"] = {"tensors": result.tensors, "elements": result.elements}
+    except OSError as error:
+        where = str(error.filename or out)
+        raise MachineError(
+            Problem(where, "", "a working disk", error.strerror or repr(error), "correct this and run again: OUT is untouched")
+        ) from error
+    return report

@@ -1,0 +1,229 @@
+"""`qconvert export`: a canonical checkpoint back to Hugging Face names, dequantised and unfused."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from runtime.format import CONFIG_FILE, INDEX_FILE, REPORT_FILE, CanonicalConfig, ModuleSpec
+
+from .apply import to_float32
+from .dequantize import dequantize_rows, to_bfloat16
+from .errors import ConvertError, MachineError, Problem, UsageError
+from .executor import write_json
+from .families import FAMILIES
+from .families.base import Family, Linear, expand, text_config
+from .planner import DEFAULT_SHARD_SIZE
+from .safetensors_writer import header_bytes
+from .source import TensorInfo, read_header
+from .staging import check_target, staged
+
+DTYPES = {"float32": ("F32", 4), "bfloat16": ("BF16", 2)}
+ROWS_BYTES = 64 << 20  # float32 bytes of a weight that are in memory at a time
+
+
+@dataclass(frozen=True, slots=True)
+class _Output:
+    """One exported tensor: rows [start, stop) of a canonical module or tensor, under its hub name."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    module: str
+    start: int
+    stop: int
+    spec: ModuleSpec | None
+
+    @property
+    def nbytes(self) -> int:
+        count = {"F32": 4, "BF16": 2, "F16": 2}[self.dtype]
+        for size in self.shape:
+            count *= size
+        return count
+
+
+class _Checkpoint:
+    """A canonical checkpoint opened for reading by memory map."""
+
+    def __init__(self, directory: Path, config: CanonicalConfig, files: list[str]) -> None:
+        self.config = config
+        self.tensors: dict[str, TensorInfo] = {}
+        self.maps: dict[str, NDArray[np.uint8]] = {}
+        for file in files:
+            self.maps[file] = np.memmap(directory / file, np.uint8, "r")
+            self.tensors.update((t.name, t) for t in read_header(directory / file, file))
+
+    def raw(self, name: str) -> NDArray[np.uint8]:
+        """The bytes of a tensor."""
+        info = self.tensors[name]
+        return self.maps[info.file][info.start : info.end]
+
+    def values(self, output: _Output, start: int, stop: int) -> NDArray[np.float32]:
+        """Rows [start, stop) of an exported tensor as float32."""
+        first, last = output.start + start, output.start + stop
+        if output.spec is None:
+            info = self.tensors[output.module]
+            raw = self.raw(output.module)
+            row = len(raw) // info.shape[0]
+            return to_float32(raw[first * row : last * row].tobytes(), info.dtype)
+        roles = {}
+        for role in ("weight", "weight_scale", "weight_scale_2"):
+            info_ = self.tensors.get(f"{output.module}.{role}")
+            if info_ is not None:
+                raw = self.raw(info_.name)
+                roles[role] = raw if info_.dtype == "F32" else raw.reshape(info_.shape)
+        values = dequantize_rows(output.spec, roles, first, last)
+        if output.spec.pre_quant_scale:
+            name = f"{output.module}.pre_quant_scale"
+            values = values * to_float32(self.raw(name).tobytes(), self.tensors[name].dtype)[None, :]
+        return values
+
+
+def _hub_name(name: str, roots: dict[str, str]) -> str:
+    root, dot, rest = name.partition(".")
+    return f"{roots[root]}{dot}{rest}"
+
+
+def _outputs(checkpoint: _Checkpoint, family: Family, dtype: str) -> Iterator[_Output]:
+    """Every exported tensor, in the order of the model.  KV and input scales have no meaning in a dense checkpoint."""
+    config = checkpoint.config
+    wrapped = text_config(family, config.hf_config) is not config.hf_config
+    roots = dict(family.hub_roots[0 if wrapped else 1])
+    present = {name.partition(".")[0] for name in checkpoint.tensors}
+    counts = {p.root: _layer_count(p.prefix, p.layer_list, checkpoint) for p in family.parts if p.root in present}
+
+    def dense(name: str, module: str, start: int, stop: int) -> _Output:
+        info = checkpoint.tensors[module]
+        # Under bfloat16, an unquantised tensor keeps its stored dtype: rounding it would lose what the source had.
+        kept = dtype if dtype == "F32" else info.dtype
+        return _Output(_hub_name(name, roots), kept, (stop - start, *info.shape[1:]), module, start, stop, None)
+
+    for placed in expand(family, config.architecture, counts):
+        if not isinstance(placed.item, Linear):
+            if placed.name in checkpoint.tensors:
+                yield dense(placed.name, placed.name, 0, checkpoint.tensors[placed.name].shape[0])
+            continue
+        row = 0
+        for shard, partitions in placed.shards:
+            module = shard if placed.name in config.unfused else placed.name
+            weight = checkpoint.tensors.get(f"{module}.weight")
+            if weight is None:
+                raise ConvertError(
+                    Problem(CONFIG_FILE, f"{module}.weight", "a tensor", "none", "the checkpoint is incomplete: convert again")
+                )
+            rows = weight.shape[0] if len(placed.shards) == 1 else sum(n or 0 for _, n in partitions)
+            start = 0 if placed.name in config.unfused else row
+            row += rows
+            spec = config.modules.get(module)
+            if spec is None:
+                yield dense(f"{shard}.weight", f"{module}.weight", start, start + rows)
+            else:
+                name = _hub_name(f"{shard}.weight", roots)
+                yield _Output(name, dtype, (rows, spec.shape[1]), module, start, start + rows, spec)
+            if f"{module}.bias" in checkpoint.tensors and placed.item.bias:
+                yield dense(f"{shard}.bias", f"{module}.bias", start, start + rows)
+
+
+def _layer_count(prefix: str, layer_list: str, checkpoint: _Checkpoint) -> int:
+    start = f"{prefix}.{layer_list}."
+    return 1 + max(
+        (int(n.removeprefix(start).partition(".")[0]) for n in checkpoint.tensors if n.startswith(start)), default=-1
+    )
+
+
+def _write(path: Path, outputs: list[_Output], checkpoint: _Checkpoint) -> None:
+    with path.open("wb") as target:
+        target.write(header_bytes((o.name, o.dtype, o.shape, o.nbytes) for o in outputs))
+        for output in outputs:
+            width = int(np.prod(output.shape[1:], dtype=np.int64)) if len(output.shape) > 1 else 1
+            step = max(1, ROWS_BYTES // (4 * max(1, width)))
+            for start in range(0, output.shape[0], step):
+                stop = min(start + step, output.shape[0])
+                values = np.ascontiguousarray(checkpoint.values(output, start, stop)).reshape(-1)
+                if output.dtype == "F32":
+                    target.write(values.tobytes())
+                elif output.dtype == "BF16":
+                    target.write(to_bfloat16(values).tobytes())
+                else:
+                    target.write(values.astype("<f2").tobytes())
+        target.flush()
+        os.fsync(target.fileno())
+
+
+def _hf_config(config: CanonicalConfig, dtype: str) -> dict[str, Any]:
+    """The source's config.json, with what the conversion settled: dtype, and whether the head is tied."""
+    result: dict[str, Any] = json.loads(json.dumps(dict(config.hf_config)))
+    result["dtype"] = dtype
+    for nested in result.values():
+        if isinstance(nested, dict) and "dtype" in nested:
+            nested["dtype"] = dtype
+    result.pop("torch_dtype", None)
+    if config.architecture.get("head") in ("tied", "separate"):
+        result["tie_word_embeddings"] = config.architecture["head"] == "tied"
+    return result
+
+
+def export_checkpoint(
+    out_dir: str | os.PathLike[str],
+    dest: str | os.PathLike[str],
+    *,
+    to: str = "dense",
+    dtype: str = "float32",
+    shard_size: int = DEFAULT_SHARD_SIZE,
+    force: bool = False,
+) -> dict[str, Any]:
+    """Write a canonical checkpoint under the family's Hugging Face names, unfused, as `from_pretrained` loads it.
+
+    to     "dense": weights dequantised in float32, in the exact order of `runtime.format`; `pre_quant_scale` folded in
+    dtype  "float32", or "bfloat16": quantised weights rounded to nearest even, other tensors in their stored dtype
+
+    Returns a summary.  Raises `ConvertError` for a directory that is no complete canonical checkpoint, `UsageError` for
+    unknown options.  Peak memory: a few times 64 MB.  `dest` is complete or absent.
+    """
+    from .verifier import read_canonical
+
+    if to != "dense" or dtype not in DTYPES:
+        raise UsageError(Problem("", "", "--to dense and --dtype float32 or bfloat16", f"{to}, {dtype}", "correct the options"))
+    source, target = Path(out_dir), Path(dest)
+    config, files = read_canonical(source)
+    family = next((f for f in FAMILIES if f.name == config.family), None)
+    if family is None:
+        raise ConvertError(Problem(CONFIG_FILE, "family", "a known family", config.family, "use a newer qconvert"))
+    check_target(target, source, force)
+    checkpoint = _Checkpoint(source, config, files)
+    outputs = list(_outputs(checkpoint, family, DTYPES[dtype][0]))
+    shards: list[list[_Output]] = [[]]
+    for output in outputs:
+        if shards[-1] and sum(o.nbytes for o in shards[-1]) + output.nbytes > shard_size:
+            shards.append([])
+        shards[-1].append(output)
+    total = sum(o.nbytes for o in outputs)
+    try:
+        with staged(target, total) as staging:
+            index: dict[str, str] = {}
+            for number, shard in enumerate(shards, 1):
+                name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+                shard.sort(key=lambda o: -{"F32": 4}.get(o.dtype, 2))
+                _write(staging / name, shard, checkpoint)
+                index.update((o.name, name) for o in shard)
+            write_json(staging / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": index})
+            write_json(staging / CONFIG_FILE, _hf_config(config, dtype))
+            ours = {*files, CONFIG_FILE, INDEX_FILE, REPORT_FILE}
+            for path in sorted(source.rglob("*")):
+                relative = path.relative_to(source)
+                if path.is_file() and not path.is_symlink() and relative.as_posix() not in ours:
+                    (staging / relative).parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copyfile(path, staging / relative)
+    except OSError as error:
+        raise MachineError(
+            Problem(str(error.filename or target), "", "a working disk", error.strerror or repr(error), "correct it, run again")
+        ) from error
+    return {"tensors": len(outputs), "bytes": total, "files": len(shards), "to": to, "dtype": dtype}

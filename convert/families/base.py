@@ -1,0 +1,236 @@
+"""What a model family is: a record of tables that says which modules a config must have.
+
+A family names its modules in canonical form, relative to where they sit, with symbolic sizes.  `expand` places them for one
+architecture.  Source names need no table of their own: `convert.names` brings every spelling to canonical names first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from runtime.format import DENSE_DTYPES
+
+from ..errors import ConvertError, Problem
+from ..names import NameSpace
+
+REQUIRED = object()  # a `Field` without a default
+Size = str | None  # key into the family's dimensions; None: any size (towers, which are carried as they are)
+
+
+@dataclass(frozen=True, slots=True)
+class Field:
+    """One fact of the architecture.  `paths`: where configs keep it, dots going down, first found wins."""
+
+    name: str
+    paths: tuple[str, ...]
+    default: Any = REQUIRED
+    kind: type | tuple[type, ...] = object
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """One stored projection of a linear: its last name segment, and the (partition, rows) pairs that it covers."""
+
+    name: str
+    partitions: tuple[tuple[str, Size], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Linear:
+    """A linear, fused when it has several shards.
+
+    name     canonical path of the (fused) module, relative to its layer
+    columns  size of K
+    shards   stored projections in the order in which they are fused
+    whole    whether a source may hold the fused module itself (engines' dumps), in exactly this order
+    bias     architecture flag that says whether it has a bias; "?" when it may have one
+    linear   whether the class name "Linear" of a config covers it (not so for embeddings)
+    """
+
+    name: str
+    columns: Size
+    shards: tuple[Shard, ...]
+    whole: bool = True
+    bias: str | None = None
+    linear: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Parameter:
+    """A tensor that is never quantised.  `shape` None: any.  `optional`: the model works without it."""
+
+    name: str
+    shape: tuple[Size | int, ...] | None
+    optional: bool = False
+    dtypes: tuple[str, ...] = DENSE_DTYPES
+
+
+Item = Linear | Parameter
+
+
+def linear(name: str, rows: Size, columns: Size, *, bias: str | None = None) -> Linear:
+    """A linear that is stored and used as one."""
+    return Linear(name, columns, (Shard(name.rpartition(".")[2], (("", rows),)),), bias=bias)
+
+
+def embedding(name: str, rows: Size, columns: Size) -> Linear:
+    """A table of rows.  Some producers quantise it like a linear, but the class name "Linear" does not cover it."""
+    return Linear(name, columns, (Shard(name.rpartition(".")[2], (("", rows),)),), linear=False)
+
+
+def fused(name: str, columns: Size, *shards: tuple[str, tuple[tuple[str, Size], ...]], **options: Any) -> Linear:
+    """A linear that is stored as several projections and used as one."""
+    return Linear(name, columns, tuple(Shard(*shard) for shard in shards), **options)
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A part of the model that is present or absent as a whole: the trunk, the head, an MTP head, a tower.
+
+    root         first segment of its canonical names; tells whether the part is present
+    first, last  items that exist once, before and after the layers; names relative to `prefix`
+    prefix       canonical path that the names of the items start from
+    layers       layer type -> items of one layer, below `<prefix>.layers` or what `layer_list` says
+    layer_types  architecture key of the list of layer types; without it all layers are of the one type there is
+    layer_count  paths in the text config or the whole config that hold the number of layers, when it has its own
+    optional     the model may lack it.   carried   stored for others: a text runtime does not need it
+    """
+
+    root: str
+    first: tuple[Item, ...] = ()
+    last: tuple[Item, ...] = ()
+    prefix: str = ""
+    layers: Mapping[str, tuple[Item, ...]] | None = None
+    layer_list: str = "layers"
+    layer_types: str = ""
+    layer_count: tuple[str, ...] = ()
+    optional: bool = False
+    carried: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """A model family.
+
+    model_types    `model_type` values, of wrappers and of text models alike
+    text_keys      where a wrapper config keeps the text model's
+    names          wrappers and roots of its names
+    fields         facts of the architecture and where configs keep them
+    finish         derives what no field holds; raises `ConvertError` for variants that are not supported
+    dimensions     architecture -> value of each symbolic size
+    parts          the modules
+    attention      item name of the fused query-key-value projection: where a KV cache and its scales belong
+    kv_heads       architecture key of the number of KV heads
+    bare           architectures that are saved without a head
+    hub_roots      canonical root -> root on the hub, for a wrapper config and for a text-only config
+    """
+
+    name: str
+    model_types: tuple[str, ...]
+    text_keys: tuple[str, ...]
+    names: NameSpace
+    fields: tuple[Field, ...]
+    finish: Callable[[dict[str, Any], Mapping[str, Any]], None]
+    dimensions: Callable[[Mapping[str, Any]], Mapping[str, int]]
+    parts: tuple[Part, ...]
+    attention: str
+    kv_heads: str
+    bare: frozenset[str]
+    hub_roots: tuple[Mapping[str, str], Mapping[str, str]]
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """An item at its place: full canonical names, sizes resolved (None where any size will do)."""
+
+    name: str
+    parent: str
+    item: Item
+    columns: int | None
+    shards: tuple[tuple[str, tuple[tuple[str, int | None], ...]], ...]
+    shape: tuple[int | None, ...] | None
+    part: Part
+
+
+def look_up(config: Mapping[str, Any], path: str) -> Any:
+    """The value at a dotted path of a config, or None when a step is missing (null counts as missing)."""
+    value: Any = config
+    for key in path.split("."):
+        if not isinstance(value, Mapping) or value.get(key) is None:
+            return None
+        value = value[key]
+    return value
+
+
+def text_config(family: Family, config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The config of the text model: a nested one of a wrapper, or the config itself."""
+    for key in family.text_keys:
+        if isinstance(config.get(key), Mapping):
+            return config[key]
+    return config
+
+
+def resolve_architecture(family: Family, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The flat architecture of a checkpoint.  Raises `ConvertError` for facts that are missing or of the wrong kind."""
+    text = text_config(family, config)
+    architecture: dict[str, Any] = {}
+    problems = []
+    for field in family.fields:
+        value = next((v for v in (look_up(text, path) for path in field.paths) if v is not None), field.default)
+        if value is REQUIRED:
+            problems.append(
+                Problem("config.json", " or ".join(field.paths), "a value", "none", "fetch the model's own config.json")
+            )
+        elif value is not None and not isinstance(value, field.kind):
+            problems.append(
+                Problem("config.json", field.paths[0], f"{field.kind}", f"{value!r:.60}", "correct the config")
+            )
+        elif isinstance(value, int) and not isinstance(value, bool) and not -1 <= value < 1 << 40:
+            problems.append(
+                Problem("config.json", field.paths[0], "a sensible size", f"{value}", "correct the config")
+            )
+        architecture[field.name] = value
+    if problems:
+        raise ConvertError(problems)
+    family.finish(architecture, config)
+    return architecture
+
+
+def _place(item: Item, prefix: str, sizes: Mapping[str, int], part: Part) -> Placed:
+    def size(key: Size | int) -> int | None:
+        return sizes[key] if isinstance(key, str) else key
+
+    name = f"{prefix}{item.name}"
+    parent = name.rpartition(".")[0]
+    if isinstance(item, Parameter):
+        shape = None if item.shape is None else tuple(size(s) for s in item.shape)
+        return Placed(name, parent, item, None, (), shape, part)
+    shards = tuple(
+        (f"{parent}.{s.name}" if parent else s.name, tuple((p, size(rows)) for p, rows in s.partitions))
+        for s in item.shards
+    )
+    return Placed(name, parent, item, size(item.columns), shards, None, part)
+
+
+def expand(family: Family, architecture: Mapping[str, Any], present: Mapping[str, int]) -> Iterator[Placed]:
+    """Every module and parameter that the architecture has, in the order of the model.
+
+    `present`: root of each part that is there -> its number of layers (used when the part keeps its own count).
+    """
+    sizes = family.dimensions(architecture)
+    for part in family.parts:
+        if part.root not in present:
+            continue
+        prefix = f"{part.prefix}." if part.prefix else ""
+        for item in part.first:
+            yield _place(item, prefix, sizes, part)
+        if part.layers is not None:
+            only = next(iter(part.layers))
+            kinds = architecture[part.layer_types] if part.layer_types else [only] * present[part.root]
+            for index, kind in enumerate(kinds):
+                for item in part.layers[kind]:
+                    yield _place(item, f"{prefix}{part.layer_list}.{index}.", sizes, part)
+        for item in part.last:
+            yield _place(item, prefix, sizes, part)

@@ -1,0 +1,201 @@
+"""Qwen3.5 and Qwen3.6 dense: text model, vision-language wrapper, MTP head.  Source: transformers 5.23.0, run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ..errors import ConvertError, Problem
+from ..names import NameSpace
+from .base import Family, Field, Item, Linear, Parameter, Part, fused, linear
+from .qwen3 import (
+    DECODER_FIELDS,
+    EMBEDDING,
+    HEAD,
+    INPUT_NORM,
+    MLP,
+    NORM,
+    POST_NORM,
+    WRAPPERS,
+    normalise_decoder,
+)
+
+FULL_ATTENTION_INTERVAL = 4  # without layer_types, every fourth layer is full attention
+
+FIELDS = (
+    *DECODER_FIELDS,
+    Field("attn_output_gate", ("attn_output_gate",), default=True, kind=bool),
+    Field("output_gate", ("output_gate_type",), default="silu", kind=str),
+    Field("partial_rotary_factor", ("rope_parameters.partial_rotary_factor", "partial_rotary_factor"),
+          default=0.25, kind=(int, float)),
+    Field("linear_num_key_heads", ("linear_num_key_heads",), kind=int),
+    Field("linear_num_value_heads", ("linear_num_value_heads",), kind=int),
+    Field("linear_key_head_dim", ("linear_key_head_dim",), kind=int),
+    Field("linear_value_head_dim", ("linear_value_head_dim",), kind=int),
+    Field("linear_conv_kernel_dim", ("linear_conv_kernel_dim",), default=4, kind=int),
+    Field("full_attention_interval", ("full_attention_interval",), default=FULL_ATTENTION_INTERVAL, kind=int),
+    Field("mtp_num_hidden_layers", ("mtp_num_hidden_layers",), default=0, kind=int),
+)  # fmt: skip
+
+FULL_ATTENTION: tuple[Item, ...] = (
+    INPUT_NORM,
+    fused(  # q holds, per head, D rows of query and then D rows of output gate
+        "self_attn.qkv_proj", "hidden",
+        ("q_proj", (("q", "gated_query"),)), ("k_proj", (("k", "key_value"),)), ("v_proj", (("v", "key_value"),)),
+        bias="attention_bias",
+    ),
+    Parameter("self_attn.q_norm.weight", ("head",)),
+    Parameter("self_attn.k_norm.weight", ("head",)),
+    linear("self_attn.o_proj", "hidden", "attention", bias="attention_bias"),
+    POST_NORM,
+    *MLP,
+)  # fmt: skip
+LINEAR_ATTENTION: tuple[Item, ...] = (
+    INPUT_NORM,
+    fused(  # one stored projection, and so one scale, for three partitions.  A stored `in_proj_qkvz` is not taken: Qwen3-Next
+        # uses the same name for rows that are interleaved per key head.
+        "linear_attn.in_proj_qkvz", "hidden",
+        ("in_proj_qkv", (("q", "lin_key"), ("k", "lin_key"), ("v", "lin_value"))), ("in_proj_z", (("z", "lin_value"),)),
+        whole=False,
+    ),
+    fused(
+        "linear_attn.in_proj_ba", "hidden",
+        ("in_proj_b", (("b", "lin_heads"),)), ("in_proj_a", (("a", "lin_heads"),)), whole=False,
+    ),
+    Parameter("linear_attn.conv1d.weight", ("lin_conv", 1, "kernel")),
+    Parameter("linear_attn.A_log", ("lin_heads",)),
+    Parameter("linear_attn.dt_bias", ("lin_heads",)),
+    Parameter("linear_attn.norm.weight", ("lin_value_head",)),
+    linear("linear_attn.out_proj", "hidden", "lin_value"),
+    POST_NORM,
+    *MLP,
+)  # fmt: skip
+
+
+def tower_linear(name: str) -> tuple[Linear, Parameter]:
+    """A linear of a tower, of any size, with its bias."""
+    return linear(name, None, None), Parameter(f"{name}.bias", None)
+
+
+def tower_norm(name: str) -> tuple[Parameter, Parameter]:
+    """A LayerNorm of a tower."""
+    return Parameter(f"{name}.weight", None), Parameter(f"{name}.bias", None)
+
+
+VISION = Part(
+    "visual",
+    prefix="visual",
+    first=(
+        Parameter("patch_embed.proj.weight", None),
+        Parameter("patch_embed.proj.bias", None),
+        Parameter("pos_embed.weight", None),
+    ),
+    layers={
+        "block": (
+            *tower_norm("norm1"),
+            *tower_linear("attn.qkv"),
+            *tower_linear("attn.proj"),
+            *tower_norm("norm2"),
+            *tower_linear("mlp.linear_fc1"),
+            *tower_linear("mlp.linear_fc2"),
+        )
+    },
+    layer_list="blocks",
+    layer_count=("vision_config.depth",),
+    last=(*tower_norm("merger.norm"), *tower_linear("merger.linear_fc1"), *tower_linear("merger.linear_fc2")),
+    optional=True,
+    carried=True,
+)
+MTP = Part(
+    "mtp",
+    prefix="mtp",
+    first=(
+        linear("fc", "hidden", "two_hidden"),
+        Parameter("pre_fc_norm_embedding.weight", ("hidden",)),
+        Parameter("pre_fc_norm_hidden.weight", ("hidden",)),
+    ),
+    layers={"full_attention": FULL_ATTENTION},
+    layer_count=("mtp_num_hidden_layers",),
+    last=(Parameter("norm.weight", ("hidden",)), Parameter("embed_tokens.weight", ("vocab", "hidden"), optional=True)),
+    optional=True,
+    carried=True,
+)
+
+
+def _finish(architecture: dict[str, Any], config: Mapping[str, Any]) -> None:
+    interval = architecture.pop("full_attention_interval")
+    if architecture["layer_types"] is None:
+        architecture["layer_types"] = [
+            "full_attention" if (i + 1) % max(interval, 1) == 0 else "linear_attention"
+            for i in range(architecture["num_hidden_layers"])
+        ]
+    normalise_decoder(architecture, config, ("linear_attention", "full_attention"))
+    architecture["rotary_dim"] = int(architecture["head_dim"] * architecture.pop("partial_rotary_factor"))
+    gates = {"silu": "silu", "swish": "silu", "sigmoid": "sigmoid"}
+    gate = architecture["output_gate"]
+    if gate not in gates:
+        raise ConvertError(Problem("config.json", "output_gate_type", " or ".join(gates), gate, "use a newer qconvert"))
+    architecture["output_gate"] = gates[gate]
+
+
+def _dimensions(a: Mapping[str, Any]) -> dict[str, int]:
+    key = a["linear_num_key_heads"] * a["linear_key_head_dim"]
+    value = a["linear_num_value_heads"] * a["linear_value_head_dim"]
+    attention = a["num_attention_heads"] * a["head_dim"]
+    return {
+        "vocab": a["vocab_size"],
+        "hidden": a["hidden_size"],
+        "two_hidden": 2 * a["hidden_size"],
+        "inter": a["intermediate_size"],
+        "head": a["head_dim"],
+        "attention": attention,
+        "gated_query": attention * (2 if a["attn_output_gate"] else 1),
+        "key_value": a["num_key_value_heads"] * a["head_dim"],
+        "lin_key": key,
+        "lin_value": value,
+        "lin_conv": 2 * key + value,
+        "lin_heads": a["linear_num_value_heads"],
+        "lin_value_head": a["linear_value_head_dim"],
+        "kernel": a["linear_conv_kernel_dim"],
+    }
+
+
+FAMILY = Family(
+    name="qwen3_5",
+    model_types=("qwen3_5", "qwen3_5_text"),
+    text_keys=("text_config",),
+    names=NameSpace(
+        WRAPPERS,
+        {
+            "embed_tokens": "model.embed_tokens",
+            "layers": "model.layers",
+            "norm": "model.norm",
+            "lm_head": "lm_head",
+            "visual": "visual",
+            "mtp": "mtp",
+        },
+    ),
+    fields=FIELDS,
+    finish=_finish,
+    dimensions=_dimensions,
+    parts=(
+        Part(
+            "model",
+            prefix="model",
+            first=(EMBEDDING,),
+            layers={"full_attention": FULL_ATTENTION, "linear_attention": LINEAR_ATTENTION},
+            layer_types="layer_types",
+            last=(NORM,),
+        ),
+        HEAD,
+        MTP,
+        VISION,
+    ),
+    attention="self_attn.qkv_proj",
+    kv_heads="num_key_value_heads",
+    bare=frozenset({"Qwen3_5Model", "Qwen3_5TextModel"}),
+    hub_roots=(
+        {"model": "model.language_model", "lm_head": "lm_head", "mtp": "mtp", "visual": "model.visual"},
+        {"model": "model", "lm_head": "lm_head", "mtp": "mtp", "visual": "model.visual"},
+    ),
+)

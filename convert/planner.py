@@ -1,0 +1,659 @@
+"""The planner: headers and configs in, a `Plan` out.  A pure function of the source: no tensor data, no files written.
+
+The way of a name: `names.canonical_name` gives every stored tensor its canonical path; the family's tables say which modules
+that path must lead to; `recognise` tells each module's scheme; and a canonical tensor is written down as terms over its
+sources.  Every stored tensor is used once or dropped for a stated reason; what is left over is an error.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from runtime.format import (
+    DENSE_DTYPES,
+    DTYPE_BYTES,
+    FP8_BLOCK,
+    CanonicalConfig,
+    ModuleSpec,
+    module_tensors,
+)
+
+from .dialects import find_configs, refused
+from .dialects.base import DENSE, SCALAR, Claim, Module, Rules
+from .errors import ConvertError, Problem
+from .families import detect_family
+from .families.base import Family, Linear, Parameter, Part, Placed, expand, look_up, resolve_architecture, text_config
+from .names import PEFT_LAYER, canonical_name
+from .ops import Step, Term, term_nbytes
+from .plan import Dropped, Plan
+from .recognise import INCOMPLETE, Recognised, Settled, disagreements, encodings_for, recognise, settle
+from .source import Source, TensorInfo, read_source
+
+DEFAULT_SHARD_SIZE = 5_000_000_000
+QUANT_KEYS = ("quantization_config", "compression_config", "quantization")
+
+# Which check of `ops.CHECKS` the values of a role go through, by scheme.
+CHECK_OF: Mapping[tuple[str, str], str] = {
+    ("fp8_tensor", "weight"): "fp8_codes",
+    ("fp8_channel", "weight"): "fp8_codes",
+    ("fp8_block", "weight"): "fp8_codes",
+    ("mxfp8", "weight"): "fp8_codes",
+    ("fp8_tensor", "weight_scale"): "scale",
+    ("fp8_channel", "weight_scale"): "scale",
+    ("fp8_block", "weight_scale"): "block_scale",
+    ("nvfp4", "weight_scale"): "e4m3_scale",
+    ("nvfp4", "weight_scale_2"): "scale",
+    ("mxfp8", "weight_scale"): "e8m0_scale",
+    ("mxfp4", "weight_scale"): "e8m0_scale",
+}
+CHECK_OF_ROLE: Mapping[str, str] = {"input_scale": "scale", "pre_quant_scale": "scale"}
+
+# How KV-cache scales are spelt, relative to the attention module -> the canonical scales that the tensor stands for.
+KV_SPELLINGS: Mapping[str, tuple[str, ...]] = {
+    "k_proj.k_scale": ("k_scale",),
+    "v_proj.v_scale": ("v_scale",),
+    "qkv_proj.k_scale": ("k_scale",),
+    "qkv_proj.v_scale": ("v_scale",),
+    "attn.k_scale": ("k_scale",),
+    "attn.v_scale": ("v_scale",),
+    "k_scale": ("k_scale",),
+    "v_scale": ("v_scale",),
+    "k_proj.output_scale": ("k_scale",),
+    "v_proj.output_scale": ("v_scale",),
+    "kv_scale": ("k_scale", "v_scale"),  # AutoFP8: one for both
+}
+
+
+@dataclass(slots=True)
+class _Stored:
+    """One stored projection, recognised and settled."""
+
+    name: str
+    partitions: tuple[tuple[str, int], ...]
+    found: Recognised
+    settled: Settled
+    claims: list[tuple[Rules, Claim]]
+    bias: TensorInfo | None = None
+
+
+@dataclass(slots=True)
+class _Planner:
+    """State of one planning run; `plan_source` is the only user."""
+
+    source: Source
+    family: Family
+    rules: list[Rules]
+    problems: list[Problem] = field(default_factory=list)
+    steps: list[Step] = field(default_factory=list)
+    dropped: list[Dropped] = field(default_factory=list)
+    modules: dict[str, ModuleSpec] = field(default_factory=dict)
+    unfused: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    kv_cache: dict[str, str] = field(default_factory=dict)
+    by_name: dict[str, TensorInfo] = field(default_factory=dict)
+    by_module: dict[str, dict[str, TensorInfo]] = field(default_factory=lambda: defaultdict(dict))
+    repairs: list[str] = field(default_factory=list)
+    disagreements: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
+    statics: list[tuple[str, str, _Stored]] = field(default_factory=list)
+    dialects: Counter[str] = field(default_factory=Counter)
+
+    # -- names ------------------------------------------------------------------------------------------------------
+
+    def index_names(self) -> None:
+        """Give each stored tensor its canonical name; two that meet in one name are refused."""
+        roots = ", ".join(self.family.names.roots)
+        for info in self.source.tensors.values():
+            name = canonical_name(info.name, self.family.names)
+            if name is None:
+                expected = f"a tensor of {self.family.name} (below {roots})"
+                self.problem(info, expected, "an unknown name", "remove it, or convert with a version that knows it")
+                continue
+            twin = self.by_name.setdefault(name, info)
+            if twin is not info:
+                found = f"two: also {twin.name} in {twin.file}"
+                self.problem(info, f"one source for {name}", found, "remove the one that is stale")
+                continue
+            module, _, suffix = name.rpartition(".")
+            self.by_module[module][suffix] = info
+
+    def problem(self, info: TensorInfo, expected: str, found: str, remedy: str) -> None:
+        """Note one problem with a stored tensor."""
+        self.problems.append(Problem(info.file, info.name, expected, found, remedy))
+
+    def missing(self, name: str, expected: str) -> None:
+        """Note a tensor that the architecture needs and no file has, under the name the checkpoint would use for it."""
+        siblings = self.by_module.get(name.rpartition(".")[0]) or {}
+        file = next((i.file for i in siblings.values()), "")
+        self.problems.append(Problem(file, self.stored_spelling(name), expected, "no such tensor", INCOMPLETE))
+
+    def stored_spelling(self, name: str) -> str:
+        """A canonical name in the prefix spelling of this checkpoint."""
+        root = name.partition(".")[0]
+        for canonical, info in self.by_name.items():
+            if canonical.partition(".")[0] == root and info.name.endswith(canonical.removeprefix(root)):
+                return info.name.removesuffix(canonical.removeprefix(root)) + name.removeprefix(root)
+        return name
+
+    def take(self, name: str) -> TensorInfo | None:
+        """Use the stored tensor of a canonical name; None when there is none."""
+        module, _, suffix = name.rpartition(".")
+        return self.by_module[module].pop(suffix, None) if module in self.by_module else None
+
+    # -- parts ------------------------------------------------------------------------------------------------------
+
+    def present_parts(self, architecture: dict[str, Any]) -> dict[str, int]:
+        """Root of each part that the checkpoint has -> its number of layers, where the part keeps its own count."""
+        config, present = self.source.config, {}
+        roots = {name.partition(".")[0] for name in self.by_name}
+        for part in self.family.parts:
+            counts = (look_up(c, p) for p in part.layer_count for c in (text_config(self.family, config), config))
+            declared = next((c for c in counts if isinstance(c, int)), None)
+            if part.root not in roots:
+                if part.optional and declared and part.carried:
+                    self.note(f"config.json declares {declared} layers of {part.root}.*, the files have none of it")
+                if not part.optional:
+                    present[part.root] = declared or 0
+                continue
+            stored = self.stored_layers(part)
+            if part.layer_count and not declared:
+                self.note(f"the files have {part.root}.* with {stored} layers, config.json does not declare it")
+            present[part.root] = declared or stored
+        if "mtp_num_hidden_layers" in architecture:
+            architecture["mtp_num_hidden_layers"] = present.get("mtp", 0)
+        self.settle_head(architecture, present)
+        return present
+
+    def stored_layers(self, part: Part) -> int:
+        """Number of layers of a part by its stored names."""
+        prefix = f"{part.prefix}.{part.layer_list}."
+        found = {name.removeprefix(prefix).partition(".")[0] for name in self.by_name if name.startswith(prefix)}
+        return max((int(index) + 1 for index in found if index.isdecimal() and len(index) < 6), default=0)
+
+    def settle_head(self, architecture: dict[str, Any], present: dict[str, int]) -> None:
+        """Whether the head is tied, separate or absent; what is stored wins over the config's flag."""
+        if "lm_head" in present:
+            if architecture["head"] == "tied":
+                self.note("config.json says tie_word_embeddings, the files have a separate lm_head: it is kept")
+            architecture["head"] = "separate"
+        elif architecture["head"] == "separate":
+            names = self.source.config.get("architectures") or []
+            if any(name in self.family.bare for name in names if isinstance(name, str)):
+                architecture["head"] = "absent"
+                self.repairs.append(f"saved as the bare trunk {names[0]}: no language model head")
+            else:
+                present["lm_head"] = 0  # its absence is reported like that of any other tensor
+
+    def note(self, line: str) -> None:
+        """A contradiction between the config and the files that concerns no single module."""
+        self.disagreements.setdefault(line, [])
+
+    # -- modules ----------------------------------------------------------------------------------------------------
+
+    def parameter(self, placed: Placed, item: Parameter) -> None:
+        """Plan a tensor that is never quantised."""
+        info = self.take(placed.name)
+        if info is None:
+            if not item.optional:
+                shape = [s if s is not None else "any" for s in placed.shape] if placed.shape is not None else "any shape"
+                self.missing(placed.name, f"a tensor of {shape}")
+            return
+        fits = placed.shape is None or (
+            len(placed.shape) == len(info.shape)
+            and all(want in (None, have) for want, have in zip(placed.shape, info.shape, strict=True))
+        )
+        if not fits or info.dtype not in item.dtypes:
+            expected = f"{'/'.join(item.dtypes)} {list(placed.shape) if placed.shape is not None else 'of any shape'}"
+            self.problem(info, expected, f"{info.dtype} {list(info.shape)}", "the tensor does not fit config.json")
+            return
+        self.steps.append(Step(placed.name, info.dtype, info.shape or (1,), (Term(info.name),)))
+
+    def linear(self, placed: Placed, item: Linear) -> None:
+        """Plan a linear: gather its stored projections, then emit it fused, or separately where schemes differ."""
+        shards = list(placed.shards)
+        whole = item.whole and len(shards) > 1 and {"weight", "weight_packed"} & set(self.by_module.get(placed.name, ()))
+        if whole:  # the source is fused already
+            shards = [(placed.name, tuple(p for _, partitions in shards for p in partitions))]
+        stored = [self.shard(placed, item, name, partitions) for name, partitions in shards]
+        if any(s is None for s in stored):
+            return
+        parts = [s for s in stored if s is not None]
+        keys = {
+            (
+                s.found.scheme,
+                s.settled.activations,
+                s.bias is None,
+                s.found.tensors["weight"][0].dtype if s.found.scheme == DENSE else "",
+            )
+            for s in parts
+        }
+        own_input = len(parts) > 1 and any("pre_quant_scale" in s.found.tensors for s in parts)
+        if len(keys) == 1 and not own_input:
+            self.emit(placed.name, parts)
+        else:
+            self.unfused[placed.name] = tuple(s.name.rpartition(".")[2] for s in parts)
+            for s in parts:
+                self.emit(s.name, [s])
+
+    def shard(
+        self, placed: Placed, item: Linear, name: str, partitions: tuple[tuple[str, int | None], ...]
+    ) -> _Stored | None:
+        """Recognise one stored projection and settle it with the configs.  None when there is a problem."""
+        rows = [r for _, r in partitions]
+        known = placed.columns is not None and None not in rows
+        shape = (sum(r or 0 for r in rows), placed.columns or 0) if known else None
+        tensors = self.by_module.pop(name, {})
+        bias = tensors.pop("bias", None) if item.bias else None
+        if not item.bias and "bias" in tensors and placed.part.carried:
+            self.by_module[name]["bias"] = tensors.pop("bias")  # a parameter of its own in a tower's table
+        if not tensors:
+            self.missing(f"{name}.weight", f"a weight of {list(shape)}" if shape else "a weight")
+            return None
+        first = next(iter(tensors.values()))
+        canonical = name
+        spelling = first.name.rpartition(".")[0]
+        hub = self.family.hub_roots[0].get(canonical.partition(".")[0], "")
+        spellings = (spelling, f"{hub}.{canonical.partition('.')[2]}", f"language_model.{canonical}")
+        module = Module(canonical, spellings, placed.name, item.linear and placed.name != "lm_head")
+        claims = [(r, r.claim(module)) for r in self.rules]
+        claimed = next((c.scheme for _, c in claims), None)
+        found = recognise(tensors, shape, len(partitions), encodings_for(self.rules), claimed)
+        if isinstance(found, list):
+            self.problems += self.explain(tensors, found)
+            return None
+        self.check_bias(item, name, bias, found.shape[0])
+        for line in disagreements(found, claims, module.is_linear):
+            self.disagreements[line].append(spelling)
+        sized = tuple((p, found.shape[0] if r is None else r) for p, r in partitions)
+        if found.scheme == DENSE:
+            return _Stored(name, sized, found, Settled(None, False, None), claims, bias)
+        settled = settle(found, claims)
+        result = _Stored(name, sized, found, settled, claims, bias)
+        if settled.conflict:
+            a, b = settled.conflict
+            self.problem(first, "configs that agree", f"{a}, but {b}; the tensors fit both", "remove the wrong config")
+        elif settled.missing_input_scale:
+            file, missing = first.file, f"{spelling}.input_scale"
+            label = settled.claim.label if settled.claim else ""
+            self.problems.append(Problem(file, missing, f"the static input scale of {label}", "no such tensor", INCOMPLETE))
+        if settled.claim is not None and settled.claim.optional_input_scale:
+            self.statics.append((placed.name, settled.claim.label.upper(), result))
+        if settled.drop_input_scale:
+            info = found.tensors["input_scale"][0]
+            self.dropped.append(Dropped(info.name, "weight-only module: its config says that inputs are not quantised"))
+        return result
+
+    def explain(self, tensors: Mapping[str, TensorInfo], problems: list[Problem]) -> list[Problem]:
+        """Replace the problems of a module in a format that is known and not supported by one that names it."""
+        for suffixes, name, remedy in refused.TENSORS:
+            if suffixes <= set(tensors):
+                info = next(iter(tensors.values()))
+                return [Problem(info.file, info.name, "FP8, NVFP4, MX or unquantised weights", name, remedy)]
+        weight = tensors.get("weight")
+        if weight is not None and weight.dtype in refused.WEIGHT_DTYPES:
+            name, remedy = refused.WEIGHT_DTYPES[weight.dtype]
+            return [Problem(weight.file, weight.name, "FP8, NVFP4, MX or unquantised weights", name, remedy)]
+        return problems
+
+    def check_bias(self, item: Linear, name: str, bias: TensorInfo | None, rows: int) -> None:
+        """A bias must be there exactly when the architecture has one, with one value per row."""
+        if item.bias is None:
+            return
+        wanted = bool(self.architecture_flag(item.bias))
+        if bias is None and wanted:
+            self.missing(f"{name}.bias", f"a bias of [{rows}] ({item.bias} is true)")
+        elif bias is not None and not wanted:
+            self.problem(bias, f"no bias ({item.bias} is false)", f"{bias.dtype} {list(bias.shape)}", "correct config.json")
+        elif bias is not None and (bias.shape != (rows,) or bias.dtype not in DENSE_DTYPES):
+            self.problem(bias, f"a float bias [{rows}]", f"{bias.dtype} {list(bias.shape)}", "export again")
+
+    def architecture_flag(self, key: str) -> Any:
+        """A flag of the text config."""
+        return text_config(self.family, self.source.config).get(key)
+
+    def emit(self, name: str, parts: Sequence[_Stored]) -> None:
+        """Write down the canonical tensors of one module, fused from `parts` in order."""
+        first = parts[0].found
+        if any(s.bias for s in parts):
+            infos = [s.bias for s in parts if s.bias is not None]
+            rows = sum(i.shape[0] for i in infos)
+            self.steps.append(Step(f"{name}.bias", infos[0].dtype, (rows,), tuple(Term(i.name) for i in infos)))
+        if first.scheme == DENSE:
+            weights = [s.found.tensors["weight"][0] for s in parts]
+            shape = (sum(s.found.shape[0] for s in parts), first.shape[1])
+            self.steps.append(Step(f"{name}.weight", weights[0].dtype, shape, tuple(Term(w.name) for w in weights)))
+            return
+        partitions: list[tuple[str, int]] = []
+        counts: list[int] = []
+        for s in parts:
+            own = self.partitions_of(s)
+            partitions += own
+            counts.append(len(own))
+        if len(partitions) == 1:
+            partitions = [("", partitions[0][1])]
+        spec = ModuleSpec(
+            scheme=first.scheme,
+            shape=(sum(rows for _, rows in partitions), first.shape[1]),
+            partitions=tuple(partitions),
+            activations=parts[0].settled.activations,
+            pre_quant_scale="pre_quant_scale" in first.tensors,
+        )
+        self.modules[name] = spec
+        for role, expected in module_tensors(spec).items():
+            terms = []
+            for s, count in zip(parts, counts, strict=True):
+                info, stored = s.found.tensors[role]
+                scalar = stored.shapes == SCALAR and info.shape in ((), (1,))
+                terms.append(Term(info.name, stored.transform, count if scalar else 1))
+            dtype = first.tensors[role][0].dtype if role == "pre_quant_scale" else expected.dtype
+            check = CHECK_OF_ROLE.get(role) or CHECK_OF.get((spec.scheme, role), "")
+            step = Step(f"{name}.{role}", dtype, expected.shape, tuple(terms), check)
+            sources = self.source.tensors
+            given = sum(
+                term_nbytes(t, sources[t.source].dtype, sources[t.source].end - sources[t.source].start) for t in terms
+            )
+            assert given == step.nbytes, (step, given)
+            self.steps.append(step)
+
+    def partitions_of(self, s: _Stored) -> list[tuple[str, int]]:
+        """Partitions that a stored projection contributes.
+
+        Blocks of a block scale run through a stored projection without regard to partitions, and restart at each canonical
+        partition.  So where a partition ends inside a block, the projection is one partition, which is exact.
+        """
+        own = list(s.partitions)
+        if s.found.scheme == "fp8_block" and any(rows % FP8_BLOCK for _, rows in own[:-1]):
+            return [("".join(p for p, _ in own), sum(rows for _, rows in own))]
+        return own
+
+    def check_static_scales(self) -> None:
+        """Refuse a static scale that is missing among its like.
+
+        nvidia-modelopt writes weight-only modules under the name of the static algorithm, so a missing `input_scale` cannot
+        be told from weight-only by one module alone.  It is taken for weight-only unless a sibling in the same fused group,
+        a module of the same kind in another layer, or (in a uniform config) any other module has one.
+        """
+        groups: dict[tuple[str, str], list[_Stored]] = defaultdict(list)
+        uniform = all(r.uniform for r in self.rules)
+        for fused_name, label, stored in self.statics:
+            kind = ".".join("#" if s.isdecimal() else s for s in stored.name.split("."))
+            keys = {("group", fused_name), ("kind", f"{kind} {label}")}
+            if uniform and fused_name != "lm_head":
+                keys.add(("body", label))
+            for key in keys:
+                groups[key].append(stored)
+        lacking: dict[str, _Stored] = {}
+        for members in groups.values():
+            if len({m.found.has_input_scale for m in members}) > 1:
+                lacking.update((m.name, m) for m in members if not m.found.has_input_scale)
+        for stored in lacking.values():
+            weight = stored.found.tensors["weight"][0]
+            self.problems.append(
+                Problem(
+                    weight.file, f"{weight.name.rpartition('.')[0]}.input_scale", "a static input scale, as its like have",
+                    "no such tensor", "calibrate every module, and export again",
+                )
+            )  # fmt: skip
+
+    # -- KV cache -----------------------------------------------------------------------------------------------------
+
+    def kv_scales(self, part: Part, attention: Sequence[str], heads: int) -> None:
+        """Plan the KV-cache scales of every attention module of a part; partial sets are refused."""
+        claims = [(r, r.kv_cache) for r in self.rules if r.kv_cache is not None]
+        found: dict[str, dict[str, TensorInfo]] = {}
+        for module in attention:
+            scales: dict[str, TensorInfo] = {}
+            for spelling, roles in KV_SPELLINGS.items():
+                info = self.take(f"{module}.{spelling}")
+                for role in roles if info is not None else ():
+                    assert info is not None
+                    twin = scales.setdefault(role, info)
+                    if twin is not info:
+                        self.problem(info, f"one {role} of {module}", f"two: also {twin.name}", "remove one of them")
+            found[module] = scales
+        if not any(found.values()):
+            for rules, claim in claims if not part.optional else ():
+                self.note(f"{rules.where} says KV cache {claim.label}, the files have no KV scales: none is used")
+            return
+        if claims and len(claims) < len(self.rules):
+            silent = ", ".join(r.where for r in self.rules if r.kv_cache is None)
+            self.note(f"{claims[0][0].where} says KV cache {claims[0][1].label}, {silent} does not mention it")
+        formats = {claim.format for _, claim in claims}
+        if formats - {"fp8"}:
+            where = ", ".join(f"{r.where}: {c.label}" for r, c in claims)
+            self.problems.append(
+                Problem("", "KV cache", "FP8", where, "export with an FP8 KV cache, or without KV quantisation")
+            )
+        if not formats:
+            self.note("no config mentions a KV cache, the files have KV scales: taken as FP8")
+        for module, scales in found.items():
+            for role in ("k_scale", "v_scale"):
+                info = scales.get(role)
+                if info is None:
+                    near = next(iter(scales.values()), None) or next(i for s in found.values() for i in s.values())
+                    name = self.stored_spelling(f"{module}.{role}")
+                    self.problems.append(
+                        Problem(near.file, name, f"a {role}, as other layers have", "no such tensor", INCOMPLETE)
+                    )
+                    continue
+                count = max(1, _numel(info))
+                if info.dtype not in DENSE_DTYPES or count not in (1, heads):
+                    self.problem(info, f"a float scale of [1] or [{heads}]", f"{info.dtype} {list(info.shape)}", INCOMPLETE)
+                    continue
+                self.kv_cache[module] = "tensor" if count == 1 else "head"
+                step = Step(f"{module}.{role}", "F32", (count,), (Term(info.name, "f32"),), "scale")
+                self.steps.append(step)
+
+    # -- what is left over ----------------------------------------------------------------------------------------------
+
+    def leftovers(self) -> None:
+        """Refuse every tensor that no rule has used."""
+        dropped = {d.tensor for d in self.dropped}
+        for suffixes in self.by_module.values():
+            for info in suffixes.values():
+                if info.name in dropped:
+                    continue
+                expected = f"a tensor that {self.family.name} has"
+                remedy = "remove it, or convert with a version that knows it"
+                found = f"an unknown one ({info.dtype} {list(info.shape)})"
+                self.problem(info, expected, found, remedy)
+
+    def describe_repairs(self) -> list[str]:
+        """One line per kind of repair, with counts."""
+        tensors, lines = self.source.tensors, list(self.repairs)
+        prefixes: Counter[str] = Counter()
+        peft = 0
+        for canonical, info in self.by_name.items():
+            if info.name == canonical:
+                continue
+            segments = info.name.split(".")
+            if PEFT_LAYER in segments:
+                peft += 1
+                segments = [s for s in segments if s != PEFT_LAYER]
+            root = next(r for k, r in self.family.names.roots.items() if canonical == r or canonical.startswith(r + "."))
+            tail = canonical.removeprefix(root)
+            stem = ".".join(segments)
+            before = stem.removesuffix(tail) if tail else stem
+            if before != root:
+                old, new = before.rpartition(".")[0], root.rpartition(".")[0]
+                prefixes[f"{old}.* -> {new}.*" if old and new else f"{before} -> {root}"] += 1
+        lines += [f"prefix {change} ({count} tensors)" for change, count in sorted(prefixes.items())]
+        if peft:
+            lines.append(f"{PEFT_LAYER} removed from names ({peft} tensors)")
+        sentinels = sum(r.repairs.count("sentinel") for r in self.rules)
+        if sentinels:
+            lines.append(f"corrupted module names in the quantisation config repaired ({sentinels} names)")
+        kinds: Counter[str] = Counter()
+        for step in self.steps:
+            for term in step.terms:
+                info = tensors[term.source]
+                if term.repeat > 1:
+                    owner, suffix = info.name.rpartition(".")[0].rpartition(".")[2], info.name.rpartition(".")[2]
+                    kinds[f"{suffix} of {owner} given to each of its {term.repeat} partitions"] += 1
+                if term.transform == "reciprocal":
+                    kinds[f"divisor {info.name.rpartition('.')[2]} replaced by its float32 reciprocal"] += 1
+                elif term.transform == "f32" and info.dtype != "F32":
+                    kinds[f"{info.dtype} {info.name.rpartition('.')[2]} widened to F32"] += 1
+                if info.shape == ():
+                    kinds["0-d scalar stored as a vector"] += 1
+                elif len(step.terms) == 1 and len(info.shape) > len(step.shape):
+                    kinds[f"{info.name.rpartition('.')[2]} reshaped from {len(info.shape)}-d to {len(step.shape)}-d"] += 1
+        lines += [f"{what} ({count} tensors)" for what, count in sorted(kinds.items())]
+        if self.unfused:
+            lines.append(f"kept apart because their schemes differ ({len(self.unfused)} groups)")
+        return lines
+
+    def describe_contradictions(self) -> list[str]:
+        """One line per kind of contradiction, with the modules it concerns."""
+        lines = []
+        for line, modules in self.disagreements.items():
+            if not modules:
+                lines.append(line)
+                continue
+            shown = ", ".join(modules[:3]) + (", ..." if len(modules) > 3 else "")
+            lines.append(f"{line}: {shown} ({len(modules)} modules)")
+        return lines
+
+
+def _numel(info: TensorInfo) -> int:
+    return (info.end - info.start) // DTYPE_BYTES[info.dtype]
+
+
+def _refuse_foreign(source: Source) -> None:
+    """Refuse checkpoints of formats that are not converted, by name, before anything else is looked at."""
+    problems: dict[str, Problem] = {}
+    suffixes: dict[str, set[str]] = defaultdict(set)
+    for info in source.tensors.values():
+        segments = info.name.split(".")
+        for segment in segments:
+            if segment in refused.SEGMENTS:
+                name, remedy = refused.SEGMENTS[segment]
+                problems.setdefault(name, Problem(info.file, info.name, "plain weights", name, remedy))
+        suffixes[".".join(segments[:-1])].add(segments[-1])
+        if segments[-1].endswith("_blocks") and info.dtype == "U8":
+            remedy = refused.QUANT_METHODS["mxfp4"]
+            problems.setdefault("b", Problem(info.file, info.name, "plain weights", "gpt-oss MXFP4 blocks", remedy))
+    for module, present in suffixes.items():
+        for wanted, name, remedy in refused.TENSORS:
+            if wanted <= present:
+                near = next(i for i in source.tensors.values() if i.name.rpartition(".")[0] == module)
+                found = f"{name} ({', '.join(sorted(wanted))})"
+                problems.setdefault(name, Problem(near.file, near.name, "FP8, NVFP4, MX or unquantised weights", found, remedy))
+                break
+        if len(problems) > 3:
+            break
+    if problems:
+        raise ConvertError(problems.values())
+
+
+def _pack(steps: Sequence[Step], shard_size: int) -> dict[str, list[int]]:
+    """Shard file name -> steps, in model order, at most `shard_size` bytes each (a larger tensor has one to itself).
+
+    Within a shard, tensors of wider elements come first, so that each one is aligned to its element size.
+    """
+    groups: list[list[int]] = [[]]
+    filled = 0
+    for index, step in enumerate(steps):
+        if groups[-1] and filled + step.nbytes > shard_size:
+            groups.append([])
+            filled = 0
+        groups[-1].append(index)
+        filled += step.nbytes
+    for group in groups:
+        group.sort(key=lambda i: -DTYPE_BYTES[steps[i].dtype])
+    total = len(groups)
+    return {f"model-{n:05d}-of-{total:05d}.safetensors": group for n, group in enumerate(groups, 1)}
+
+
+def _without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
+    """`config.json` without its quantisation blocks, at the top and in nested configs; nothing else is changed."""
+    result = {k: v for k, v in config.items() if k not in QUANT_KEYS}
+    for key, value in result.items():
+        if isinstance(value, Mapping) and any(q in value for q in QUANT_KEYS):
+            result[key] = {k: v for k, v in value.items() if k not in QUANT_KEYS}
+    return result
+
+
+def _producer(source: Source) -> str:
+    """Name and version of the producer, as far as the configs say."""
+    blocks: Iterable[Any] = (source.config.get("quantization_config"), source.config, source.quant_file)
+    for block in blocks:
+        if not isinstance(block, Mapping):
+            continue
+        producer = block.get("producer")
+        if isinstance(producer, Mapping):
+            return f"{producer.get('name', '?')} {producer.get('version', '?')}"
+        if block.get("quant_method") and block.get("version"):
+            return f"{block['quant_method']} {block['version']}"
+    version = source.config.get("transformers_version")
+    return f"transformers {version}" if version else "unknown"
+
+
+def plan_source(source: Source, shard_size: int = DEFAULT_SHARD_SIZE) -> Plan:
+    """Plan the conversion of a source that has been read.
+
+    `shard_size`: bytes of data per output file.  Raises `ConvertError` with every problem that headers and configs show.
+    """
+    configs = find_configs(source.config, source.quant_file)  # names an unsupported method before an unsupported family
+    _refuse_foreign(source)
+    family = detect_family(source.config)
+    rules = [config.dialect.read(config.block, config.where, family.names) for config in configs]
+    planner = _Planner(source, family, rules)
+    architecture = resolve_architecture(family, source.config)
+    planner.index_names()
+    present = planner.present_parts(architecture)
+    attention: dict[str, list[str]] = defaultdict(list)
+    placed = list(expand(family, architecture, present))
+    for place in placed:
+        if place.name.endswith(f".{family.attention}"):
+            attention[place.part.root].append(place.parent)
+    for part in family.parts:
+        planner.kv_scales(part, attention.get(part.root, []), architecture[family.kv_heads])
+    kv_steps, planner.steps = {s.name: s for s in planner.steps}, []
+    for place in placed:
+        if isinstance(place.item, Parameter):
+            planner.parameter(place, place.item)
+        else:
+            planner.linear(place, place.item)
+            if place.parent in planner.kv_cache and place.name.endswith(f".{family.attention}"):
+                planner.steps += [s for n, s in kv_steps.items() if n.rpartition(".")[0] == place.parent]
+    planner.check_static_scales()
+    planner.leftovers()
+    if planner.problems:
+        raise ConvertError(planner.problems)
+    declared = [r.dialect for r in rules]
+    quantised = bool(planner.modules)
+    if quantised and not rules:
+        planner.note("no quantisation config: schemes are read from the tensors alone")
+    carried = tuple(p.root for p in family.parts if p.carried and p.root in present)
+    config = CanonicalConfig(
+        family=family.name,
+        architecture=architecture,
+        modules=planner.modules,
+        kv_cache=planner.kv_cache,
+        unfused=planner.unfused,
+        carried=tuple(sorted(carried)),
+        hf_config=_without_quantization(source.config),
+    )
+    plan = Plan(
+        source=source,
+        dialect=declared[0] if declared else "unquantised" if not quantised else "unknown",
+        producer=_producer(source),
+        config=config,
+        steps=planner.steps,
+        dropped=planner.dropped,
+        repairs=planner.describe_repairs(),
+        contradictions=planner.describe_contradictions(),
+    )
+    plan.shards = _pack(plan.steps, shard_size)
+    return plan
+
+
+def plan_conversion(in_dir: str | os.PathLike[str], shard_size: int = DEFAULT_SHARD_SIZE) -> Plan:
+    """Read a checkpoint's headers and plan its conversion.  No tensor data is read; neither torch nor NumPy is needed.
+
+    Raises `ConvertError` when the checkpoint is refused.
+    """
+    return plan_source(read_source(in_dir), shard_size)

@@ -1,0 +1,333 @@
+"""Reads a source checkpoint's headers and configs.  Standard library only; nothing is loaded, nothing is executed.
+
+Everything that comes from the directory is untrusted: headers are validated as the safetensors specification demands, and
+beyond it where readers differ (duplicate keys, control characters in names, shards outside the directory).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+
+from runtime.format import CONFIG_FILE, DTYPE_BYTES, FORMAT, INDEX_FILE, REPORT_FILE
+
+from .errors import ConvertError, Problem, UsageError, printable
+
+# Limits on input, all in one place.
+MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
+MAX_METADATA_BYTES = 1_000_000
+MAX_NAME_LENGTH = 4096
+MAX_JSON_BYTES = 100_000_000
+MAX_SIDE_DEPTH = 4  # folders below the checkpoint that are searched for side files
+
+QUANT_FILE = "hf_quant_config.json"
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+PICKLES = frozenset({".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"})
+NOT_CARRIED = {  # file suffix -> why such a side file is not copied
+    **dict.fromkeys(PICKLES, "a pickle can run code when it is loaded"),
+    ".py": "code is never executed nor passed on",
+    ".so": "code is never executed nor passed on",
+    ".safetensors": "not part of the checkpoint: its index does not name it",
+}
+REPLACED = {  # file name -> why it is not copied
+    CONFIG_FILE: "replaced by the canonical config.json, which holds it as hf_config",
+    QUANT_FILE: "merged into the canonical config.json",
+    INDEX_FILE: "replaced by the index of the new files",
+    REPORT_FILE: "replaced by the report of this conversion",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """One stored tensor: safetensors dtype name, shape, and its byte range [start, end) in `file`."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: str
+    start: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
+class SourceFile:
+    """One safetensors file.  `identity` (size, mtime in ns, inode) tells whether it changed since it was read."""
+
+    name: str
+    path: Path
+    identity: tuple[int, int, int]
+
+
+@dataclass(slots=True)
+class Source:
+    """A source checkpoint, headers only.
+
+    tensors      name -> `TensorInfo`, in file order
+    config       `config.json`;  quant_file  `hf_quant_config.json`, or None
+    side_files   relative path -> absolute path of files to carry byte for byte
+    skipped      relative path -> why a file is not carried
+    """
+
+    directory: Path
+    files: dict[str, SourceFile]
+    tensors: dict[str, TensorInfo]
+    config: dict[str, Any]
+    quant_file: dict[str, Any] | None
+    side_files: dict[str, Path] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
+
+
+def _refuse(file: str, tensor: str, expected: str, found: str, remedy: str) -> NoReturn:
+    raise ConvertError(Problem(file, tensor, expected, found, remedy))
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        raise ValueError(f"duplicate key {Counter(k for k, _ in pairs).most_common(1)[0][0]!r}")
+    return result
+
+
+def _no_nan(constant: str) -> float:
+    if constant == "NaN":
+        raise ValueError("NaN, which is not JSON")
+    return float(constant)  # Nemotron-H configs hold a bare Infinity
+
+
+def parse_json(raw: bytes, file: str, *, duplicates_possible: bool = True) -> dict[str, Any]:
+    """Parse a JSON object strictly: UTF-8 without BOM, no duplicate keys, no NaN.  Raises `ConvertError`.
+
+    `duplicates_possible=False` skips the check for duplicate keys when the caller has made it in another way.
+    """
+    try:
+        hook = _no_duplicates if duplicates_possible else None
+        value = json.loads(raw.decode("utf-8"), object_pairs_hook=hook, parse_constant=_no_nan)
+    except RecursionError:
+        _refuse(file, "", "JSON of ordinary depth", "brackets nested too deeply", "the file is damaged: fetch it again")
+    except ValueError as error:
+        _refuse(file, "", "valid JSON", str(error), "the file is damaged: fetch it again")
+    if not isinstance(value, dict):
+        _refuse(file, "", "a JSON object", type(value).__name__, "the file is damaged: fetch it again")
+    return value
+
+
+def read_json(path: Path, name: str) -> dict[str, Any]:
+    """Read a JSON object from a regular file.  Raises `ConvertError`."""
+    if path.stat().st_size > MAX_JSON_BYTES:
+        _refuse(name, "", f"at most {MAX_JSON_BYTES} bytes", f"{path.stat().st_size}", "this is not a config file")
+    return parse_json(path.read_bytes(), name)
+
+
+def _regular_file(directory: Path, name: str) -> Path:
+    """The resolved path of a file of the checkpoint; refuses links that leave it, and anything that is not a file."""
+    path = directory / name
+    target = path.resolve()
+    root = directory.resolve()
+    # The Hub cache keeps snapshots/<revision>/<file> as links into blobs/ of the same repository.
+    blobs = root.parent.parent / "blobs" if root.parent.name == "snapshots" else None
+    if not target.is_relative_to(root) and not (blobs is not None and target.parent == blobs.resolve()):
+        _refuse(name, "", "a file inside the checkpoint", "a link that leaves it", "replace the link by the file")
+    try:
+        mode = target.stat().st_mode
+    except FileNotFoundError:
+        _refuse(name, "", "a file", "none of this name", "the checkpoint is incomplete: fetch the missing file")
+    except OSError as error:
+        _refuse(name, "", "a readable file", error.strerror or str(error), "check the path and its permissions")
+    if not stat.S_ISREG(mode):
+        _refuse(name, "", "a regular file", "something else (folder, pipe or device)", "put the file itself there")
+    return target
+
+
+def _header_entry(file: str, name: str, entry: Any, data_start: int) -> TensorInfo:
+    """Validate one tensor of a header; returns it with its absolute byte range."""
+    damaged = "the file is damaged: fetch or export it again"
+    if not name or len(name) > MAX_NAME_LENGTH or not name.isprintable() or ".." in name or "/" in name or "\\" in name:
+        _refuse(file, name, "a plain tensor name", "an empty, overlong or unprintable name", damaged)
+    try:
+        dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+        ok = all(type(v) is int and 0 <= v < 1 << 63 for v in (*shape, begin, end)) and begin <= end
+    except (KeyError, TypeError, ValueError):
+        ok = False
+    if not ok:
+        _refuse(file, name, "dtype, shape and data_offsets", f"{entry!r:.120}", damaged)
+    if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
+        _refuse(file, name, f"a dtype of {', '.join(DTYPE_BYTES)}", f"{dtype!r}", "this dtype has no known size")
+    nbytes = DTYPE_BYTES[dtype]
+    for size in shape:
+        nbytes *= size
+    if nbytes != end - begin:
+        _refuse(file, name, f"{nbytes} bytes for {dtype} {shape}", f"{end - begin}", damaged)
+    return TensorInfo(name, dtype, tuple(shape), file, data_start + begin, data_start + end)
+
+
+def read_header(path: Path, file: str) -> list[TensorInfo]:
+    """The tensors of one safetensors file in the order of their bytes.  Raises `ConvertError` for every invalid file.
+
+    Checks the whole specification (contiguous ranges without gap, overlap or trailing bytes, dtype x shape = bytes) and
+    duplicate keys, which the specification forbids and the common library accepts.
+    """
+    damaged = "the file is damaged or incomplete: fetch it again"
+    size = path.stat().st_size
+    with path.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little") if size >= 8 else -1
+        if length < 2 or length > min(size - 8, MAX_HEADER_BYTES):
+            _refuse(file, "", f"a safetensors header within {size} bytes", f"header length {length}", damaged)
+        raw = stream.read(length)
+    # Each tensor has one "data_offsets": when as many tensors are parsed, no key was given twice.  Only a header where the
+    # count differs pays for the slow check.
+    header = parse_json(raw, file, duplicates_possible=False)
+    metadata = header.pop("__metadata__", {})
+    if raw.count(b'"data_offsets"') != len(header):
+        parse_json(raw, file)
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        _refuse(file, "__metadata__", "text values", "something else", damaged)
+    if sum(map(len, metadata.values())) > MAX_METADATA_BYTES:
+        _refuse(file, "__metadata__", f"at most {MAX_METADATA_BYTES} bytes", "more", "remove the metadata")
+    start = 8 + length
+    infos = [_header_entry(file, name, entry, start) for name, entry in header.items()]
+    infos.sort(key=lambda info: (info.start, info.end))
+    position = start
+    for info in infos:
+        if info.start != position:
+            what = "a gap" if info.start > position else "an overlap"
+            _refuse(file, info.name, f"data at byte {position}", f"{what}: data at byte {info.start}", damaged)
+        position = info.end
+    if position != size:
+        last = infos[-1].name if infos else ""
+        what = "truncated" if size < position else "trailing bytes"
+        _refuse(file, last, f"a file of {position} bytes", f"{size} bytes ({what})", damaged)
+    return infos
+
+
+def _shard_names(directory: Path) -> tuple[list[str], dict[str, str] | None]:
+    """Names of the safetensors files of a checkpoint, and the index's weight map when there is an index."""
+    indexes = sorted(p.name for p in directory.glob("*.safetensors.index.json"))
+    if len(indexes) > 1:
+        _refuse(indexes[1], "", "one index", f"{len(indexes)} ({', '.join(indexes)})", "remove the stale index")
+    if not indexes:
+        found = sorted(p.name for p in directory.glob("*.safetensors") if p.name != ADAPTER_WEIGHTS)
+        return found, None
+    index = read_json(_regular_file(directory, indexes[0]), indexes[0])
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
+        _refuse(indexes[0], "weight_map", "an object of tensor name -> file name", "something else", "fetch it again")
+    for tensor, file in weight_map.items():
+        plain = file == os.path.basename(file) and file not in {"", ".", ".."} and file.isprintable()
+        if not plain or any(c in file for c in "\\:~"):
+            _refuse(indexes[0], tensor, "a file name inside the checkpoint", f"{file!r} (a path outside)", "correct the index")
+    return sorted(set(weight_map.values())), weight_map
+
+
+def _check_index(weight_map: Mapping[str, str], tensors: Mapping[str, TensorInfo]) -> list[Problem]:
+    again = "the index is stale: fetch the checkpoint again"
+    problems = []
+    for name, file in weight_map.items():
+        info = tensors.get(name)
+        if info is None or info.file != file:
+            found = f"in {info.file}" if info else "in no file"
+            problems.append(Problem(file, name, f"the tensor in {file}, as the index says", found, again))
+    for name, info in tensors.items():
+        if name not in weight_map:
+            problems.append(Problem(info.file, name, "an entry in the index", "none", again))
+    return problems
+
+
+def _side_files(directory: Path, shards: set[str]) -> tuple[dict[str, Path], dict[str, str]]:
+    """Files beside the weights: those to carry, and those not carried with the reason."""
+    carried: dict[str, Path] = {}
+    skipped: dict[str, str] = {}
+    for folder, folders, files in os.walk(directory, followlinks=False):
+        relative = Path(folder).relative_to(directory)
+        folders[:] = sorted(f for f in folders if not f.startswith(".") and len(relative.parts) < MAX_SIDE_DEPTH)
+        for name in sorted(files):
+            path = (relative / name).as_posix()
+            if path in shards or name.startswith("."):
+                continue
+            if path in REPLACED:
+                skipped[path] = REPLACED[path]
+            elif path.endswith(".safetensors.index.json"):
+                skipped[path] = REPLACED[INDEX_FILE]
+            elif Path(name).suffix in NOT_CARRIED:
+                skipped[path] = NOT_CARRIED[Path(name).suffix]
+            elif not path.isprintable():
+                skipped[path] = "its name has control characters"
+            else:
+                try:
+                    carried[path] = _regular_file(directory, path)
+                except ConvertError as error:
+                    skipped[path] = f"expected {error.problems[0].expected}, found {error.problems[0].found}"
+    return carried, skipped
+
+
+def _refuse_without_weights(directory: Path) -> NoReturn:
+    names = {p.name for p in directory.iterdir()}
+    name = directory.name
+    if ADAPTER_CONFIG in names or ADAPTER_WEIGHTS in names:
+        _refuse(
+            name, "", "a checkpoint", f"a LoRA adapter only ({ADAPTER_CONFIG})",
+            "an adapter is not a checkpoint: convert its base model, or merge the adapter into it first",
+        )  # fmt: skip
+    pickles = sorted(n for n in names if Path(n).suffix in PICKLES)
+    if pickles:
+        _refuse(
+            pickles[0], "", "safetensors files", "pickle files only, which can run code when loaded",
+            "save the model again with safetensors (transformers: save_pretrained)",
+        )  # fmt: skip
+    gguf = sorted(n for n in names if n.endswith(".gguf"))
+    if gguf:
+        _refuse(gguf[0], "", "safetensors files", "a GGUF file", "convert the original safetensors checkpoint instead")
+    found = "an empty directory" if not names else f"no *.safetensors among {len(names)} files"
+    _refuse(name, "", "a checkpoint with config.json and *.safetensors", found, "check the path, or fetch the checkpoint")
+
+
+def read_source(in_dir: str | os.PathLike[str]) -> Source:
+    """Read the headers and configs of a checkpoint directory.
+
+    Raises `ConvertError` for everything that makes it unreadable or inconsistent with its own index, `UsageError` when
+    there is no such directory.  Cost: one read of each header; no tensor data.
+    """
+    directory = Path(in_dir)
+    if not directory.is_dir():
+        found = "a file" if directory.exists() else "nothing there"
+        raise UsageError(Problem(printable(in_dir), "", "a directory", found, "give the checkpoint's directory"))
+    shards, weight_map = _shard_names(directory)
+    if not shards:
+        _refuse_without_weights(directory)
+    if not (directory / CONFIG_FILE).exists():
+        _refuse(CONFIG_FILE, "", "the model's config", "no such file", "fetch the whole checkpoint, config.json included")
+    config = read_json(_regular_file(directory, CONFIG_FILE), CONFIG_FILE)
+    if config.get("format") == FORMAT:
+        _refuse(
+            CONFIG_FILE, "", "a source checkpoint", "one that qconvert has already written",
+            "it is canonical as it is: use it directly",
+        )  # fmt: skip
+    quant_file = None
+    if (directory / QUANT_FILE).exists():
+        quant_file = read_json(_regular_file(directory, QUANT_FILE), QUANT_FILE)
+
+    files: dict[str, SourceFile] = {}
+    tensors: dict[str, TensorInfo] = {}
+    problems: list[Problem] = []
+    for shard in shards:
+        path = _regular_file(directory, shard)
+        info = path.stat()
+        files[shard] = SourceFile(shard, path, (info.st_size, info.st_mtime_ns, info.st_ino))
+        for tensor in read_header(path, shard):
+            twin = tensors.setdefault(tensor.name, tensor)
+            if twin is not tensor:
+                problems.append(
+                    Problem(shard, tensor.name, "each tensor once", f"it also in {twin.file}", "remove the stale file")
+                )
+    if weight_map is not None and not problems:
+        problems += _check_index(weight_map, tensors)
+    if problems:
+        raise ConvertError(problems)
+    carried, skipped = _side_files(directory, set(shards))
+    return Source(directory, files, tensors, config, quant_file, carried, skipped)

@@ -1,0 +1,370 @@
+"""The proof: an independent reading of IN and OUT that must agree bit for bit.
+
+Shares the rewrite of names and the families' tables with the planner, because those are facts; it shares no recipe, no
+encoding table and no transform.  It goes the other way round: it starts from every tensor that IN stores, works out from
+OUT's own config where its elements must be, and compares them there.  At the end every element of OUT must have been
+compared exactly once, and every tensor of IN used or listed as dropped.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from runtime.format import (
+    CONFIG_FILE,
+    INDEX_FILE,
+    REPORT_FILE,
+    CanonicalConfig,
+    FormatError,
+    ModuleSpec,
+    ceil_div,
+    module_tensors,
+)
+
+from .errors import ConvertError, Problem, UsageError
+from .executor import file_digest
+from .families import FAMILIES
+from .families.base import Parameter, Placed, expand
+from .names import canonical_name
+from .source import read_source
+
+PIECE = 16 << 20  # bytes compared at a time
+
+# suffix on disk -> (canonical role, whether the stored number divides)
+ROLES: Mapping[str, tuple[str, bool]] = {
+    "weight": ("weight", False),
+    "weight_packed": ("weight", False),
+    "weight_scale": ("weight_scale", False),
+    "weight_scale_inv": ("weight_scale", False),  # multiplies, whatever its name says
+    "weight_scale_2": ("weight_scale_2", False),
+    "weight_global_scale": ("weight_scale_2", True),
+    "input_scale": ("input_scale", False),
+    "activation_scale": ("input_scale", False),
+    "input_global_scale": ("input_scale", True),
+    "pre_quant_scale": ("pre_quant_scale", False),
+    "bias": ("bias", False),
+}
+KV_ROLES = {"k_scale": ("k_scale",), "v_scale": ("v_scale",), "kv_scale": ("k_scale", "v_scale")}
+
+
+@dataclass(frozen=True, slots=True)
+class Verified:
+    """What was compared, all of it equal."""
+
+    tensors: int
+    elements: int
+    bytes: int
+    side_files: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Tensor:
+    file: str
+    dtype: str
+    shape: tuple[int, ...]
+    data: memoryview
+
+    def raw(self) -> NDArray[np.uint8]:
+        return np.frombuffer(self.data, np.uint8)
+
+    def rows(self, start: int, stop: int) -> NDArray[np.uint8]:
+        """Bytes of rows [start, stop) of the first axis."""
+        row = len(self.data) // self.shape[0] if self.shape else len(self.data)
+        return self.raw()[start * row : stop * row]
+
+    def float64(self) -> NDArray[np.float64]:
+        """Values, flattened.  Exact for every dtype that scales have."""
+        raw = self.raw()
+        if self.dtype == "BF16":
+            bits = raw.view("<u2").astype(np.uint32) << np.uint32(16)
+            return bits.view(np.float32).astype(np.float64)
+        if self.dtype in ("F32", "F16"):
+            return raw.view({"F32": "<f4", "F16": "<f2"}[self.dtype]).astype(np.float64)
+        if self.dtype == "F8_E8M0":
+            return np.asarray(np.exp2(raw.astype(np.float64) - 127))
+        raise ConvertError(
+            Problem(self.file, "", "a float scale", self.dtype, "the scale has an unexpected dtype: convert again")
+        )
+
+
+def _open(directory: Path, files: list[str]) -> dict[str, _Tensor]:
+    """Map safetensors files: their names are ours or were validated; nothing is copied."""
+    tensors: dict[str, _Tensor] = {}
+    for name in files:
+        with (directory / name).open("rb") as stream:
+            view = memoryview(mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ))
+        length = int.from_bytes(view[:8], "little")
+        try:
+            header = json.loads(bytes(view[8 : 8 + length]))
+            for tensor, entry in header.items():
+                if tensor != "__metadata__":
+                    begin, end = entry["data_offsets"]
+                    data = view[8 + length + begin : 8 + length + end]
+                    if len(data) != end - begin or tensor in tensors:
+                        raise ValueError("data outside the file, or a tensor given twice")
+                    tensors[tensor] = _Tensor(name, entry["dtype"], tuple(entry["shape"]), data)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ConvertError(
+                Problem(name, "", "a readable safetensors file", str(error), "convert again")
+            ) from None
+    return tensors
+
+
+def read_canonical(out_dir: str | os.PathLike[str]) -> tuple[CanonicalConfig, list[str]]:
+    """Config and shard names of a canonical checkpoint.  Raises `ConvertError` when it is none, or is incomplete."""
+    directory = Path(out_dir)
+    if not directory.is_dir():
+        raise UsageError(Problem(str(out_dir), "", "a canonical checkpoint", "no directory", "run qconvert IN OUT first"))
+    try:
+        config = CanonicalConfig.from_json(json.loads((directory / CONFIG_FILE).read_bytes()))
+        index = json.loads((directory / INDEX_FILE).read_bytes())["weight_map"]
+        files = sorted(set(index.values()))
+        if any(os.path.basename(f) != f or not (directory / f).is_file() for f in files):
+            raise ValueError("the index names a file that is not there")
+    except FormatError as error:
+        file, _, rest = str(error).partition(": expected ")
+        expected, _, tail = rest.partition(", found ")
+        found, _, remedy = tail.partition("; ")
+        raise ConvertError(Problem(file, "", expected or "a canonical config", found, remedy)) from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConvertError(
+            Problem(str(out_dir), "", "a complete canonical checkpoint", str(error), "run qconvert IN OUT again")
+        ) from None
+    return config, files
+
+
+@dataclass(slots=True)
+class _Verifier:
+    config: CanonicalConfig
+    source: dict[str, _Tensor]
+    target: dict[str, _Tensor]
+    compared: dict[str, int] = field(default_factory=lambda: defaultdict(int))
+    problems: list[Problem] = field(default_factory=list)
+    # stored module -> (module in OUT, first row in it)
+    owner: dict[str, tuple[str, int]] = field(default_factory=dict)
+
+    def wrong(self, name: str, expected: str, found: str) -> None:
+        """Note one difference."""
+        file = self.target[name].file if name in self.target else ""
+        self.problems.append(Problem(file, name, expected, found, "OUT is not a conversion of IN: convert again"))
+
+    def contract(self) -> None:
+        """Every quantised module of the config has exactly the tensors that the format says."""
+        for module, spec in self.config.modules.items():
+            for role, expected in module_tensors(spec).items():
+                found = self.target.get(f"{module}.{role}")
+                shape = (found.dtype, found.shape) if found else None
+                if found is None or (role != "pre_quant_scale" and shape != (expected.dtype, expected.shape)):
+                    self.wrong(f"{module}.{role}", f"{expected.dtype} {list(expected.shape)}", str(shape))
+
+    def place(self, placed: Placed, rows_of: Mapping[str, int]) -> None:
+        """Work out which rows of which module in OUT each stored projection fills."""
+        shards = [name for name, _ in placed.shards]
+        if placed.name in rows_of and placed.name not in shards:
+            shards = [placed.name]  # fused in the source already
+        row = 0
+        for shard in shards:
+            if shard not in rows_of:
+                continue
+            if placed.name in self.config.unfused:
+                self.owner[shard] = (shard, 0)
+            else:
+                self.owner[shard] = (placed.name, row)
+                row += rows_of[shard]
+
+    def same_bytes(self, name: str, ours: NDArray[np.uint8], theirs: _Tensor, element_bytes: int) -> None:
+        """Compare a range of OUT with a whole tensor of IN."""
+        raw = theirs.raw()
+        if ours.size != raw.size:
+            self.wrong(name, f"{raw.size} bytes as in {theirs.file}", f"{ours.size}")
+            return
+        for start in range(0, raw.size, PIECE):
+            a, b = ours[start : start + PIECE], raw[start : start + PIECE]
+            if not np.array_equal(a, b):
+                at = start + int(np.flatnonzero(a != b)[0])
+                self.wrong(name, f"the bytes of {theirs.file}", f"a difference {at} bytes into that range")
+                return
+        self.compared[name] += raw.size // element_bytes
+
+    def same_values(self, name: str, start: int, stop: int, values: NDArray[np.float64]) -> None:
+        """Compare elements [start, stop) of a float32 tensor of OUT with exact or correctly rounded values."""
+        ours = self.target[name].raw().view("<f4")[start:stop]
+        expected = values.astype(np.float32)
+        if ours.size != expected.size or not np.array_equal(ours.view(np.uint32), expected.view(np.uint32)):
+            self.wrong(name, f"{expected.tolist()[:4]} at {start}", f"{ours.tolist()[:4]}")
+            return
+        self.compared[name] += ours.size
+
+    def tensor(self, canonical: str, stored: _Tensor, element_bytes: int) -> bool:
+        """Compare one tensor of IN with what OUT made of it.  False when OUT has no place for it."""
+        module, _, suffix = canonical.rpartition(".")
+        if module not in self.owner or suffix not in ROLES:
+            if canonical in self.target and self.target[canonical].dtype == stored.dtype:
+                self.same_bytes(canonical, self.target[canonical].raw(), stored, element_bytes)
+                return True
+            return self.kv_scale(canonical, stored)
+        (role, divides), (out_module, row) = ROLES[suffix], self.owner[module]
+        name = f"{out_module}.{role}"
+        spec = self.config.modules.get(out_module)
+        if name not in self.target:
+            return False
+        ours = self.target[name]
+        if spec is None or role in ("weight", "pre_quant_scale", "bias") or ours.dtype != "F32":
+            if role == "pre_quant_scale":
+                self.same_bytes(name, ours.raw(), stored, element_bytes)
+            else:
+                count = stored.shape[0] if stored.shape else 1
+                self.same_bytes(name, ours.rows(row, row + count), stored, element_bytes)
+            return True
+        values = stored.float64() if stored.dtype != "U8" else np.exp2(stored.raw().astype(np.float64) - 127)
+        if divides:
+            values = 1 / values  # float64 division, then one rounding: equals the correctly rounded float32 reciprocal
+        rows = self.source_rows(module)
+        if role == "weight_scale" and spec.scheme == "fp8_channel":
+            self.same_values(name, row, row + rows, values)
+        elif role == "weight_scale" and spec.scheme == "fp8_block":
+            columns = ceil_div(spec.shape[1], 128)
+            start, stop = _block_span(spec, row, rows)
+            self.same_values(name, start * columns, stop * columns, values)
+        else:
+            start, stop = _partition_span(spec, row, rows)
+            self.same_values(name, start, stop, np.broadcast_to(values, (stop - start,)))
+        return True
+
+    def source_rows(self, module: str) -> int:
+        """Rows of a stored projection."""
+        return next(self.source[n].shape[0] for n in (f"{module}.weight", f"{module}.weight_packed") if n in self.source)
+
+    def kv_scale(self, canonical: str, stored: _Tensor) -> bool:
+        """Compare a KV-cache scale, wherever below its attention module it was stored."""
+        path, _, suffix = canonical.rpartition(".")
+        attention = path if path in self.config.kv_cache else path.rpartition(".")[0]
+        roles = KV_ROLES.get(suffix)
+        if suffix == "output_scale":
+            roles = ({"k_proj": "k_scale", "v_proj": "v_scale"}.get(path.rpartition(".")[2], ""),)
+        if attention not in self.config.kv_cache or not roles:
+            return False
+        for role in roles:
+            if f"{attention}.{role}" not in self.target:
+                return False
+            self.same_values(f"{attention}.{role}", 0, self.target[f"{attention}.{role}"].shape[0], stored.float64())
+        return True
+
+
+def _partition_span(spec: ModuleSpec, row: int, rows: int) -> tuple[int, int]:
+    """Indices of the partitions that lie in rows [row, row + rows)."""
+    inside = []
+    first = 0
+    for index, (_, count) in enumerate(spec.partitions):
+        if row <= first and first + count <= row + rows:
+            inside.append(index)
+        first += count
+    return (inside[0], inside[-1] + 1) if inside else (0, 0)
+
+
+def _block_span(spec: ModuleSpec, row: int, rows: int) -> tuple[int, int]:
+    """Block rows of the partitions that lie in rows [row, row + rows)."""
+    start, stop = _partition_span(spec, row, rows)
+    counts = [ceil_div(n, 128) for _, n in spec.partitions]
+    return sum(counts[:start]), sum(counts[:stop])
+
+
+def verify_conversion(in_dir: str | os.PathLike[str], out_dir: str | os.PathLike[str]) -> Verified:
+    """Prove that `out_dir` holds exactly what `in_dir` holds.
+
+    Reads both completely, compares every element, and returns the counts.  A divisor of IN must appear as the correctly
+    rounded float32 reciprocal; everything else must be equal bit for bit.  Raises `ConvertError` with the first differences.
+    """
+    config, files = read_canonical(out_dir)
+    family = next((f for f in FAMILIES if f.name == config.family), None)
+    if family is None:
+        raise ConvertError(Problem(CONFIG_FILE, "family", "a known family", config.family, "use a newer qconvert"))
+    source = read_source(in_dir)
+    stored: dict[str, _Tensor] = {}
+    names: dict[str, str] = {}
+    for name, tensor in _open(source.directory, list(source.files)).items():
+        canonical = canonical_name(name, family.names) or name
+        stored[canonical], names[canonical] = tensor, name
+    verifier = _Verifier(config, stored, _open(Path(out_dir), files))
+    rows_of = {}
+    for name, tensor in stored.items():
+        module, _, suffix = name.rpartition(".")
+        if suffix in ("weight", "weight_packed") and tensor.shape:
+            rows_of[module] = tensor.shape[0]
+    roots = {name.partition(".")[0] for name in verifier.target}
+    layers = {part.root: _layers(part.prefix, part.layer_list, stored) for part in family.parts if part.root in roots}
+    for placed in expand(family, config.architecture, layers):
+        if not isinstance(placed.item, Parameter):
+            verifier.place(placed, rows_of)
+    verifier.contract()
+    report = json.loads((Path(out_dir) / REPORT_FILE).read_bytes()) if (Path(out_dir) / REPORT_FILE).exists() else {}
+    dropped = {d["tensor"] for d in report.get("dropped", [])}
+    used = 0
+    for canonical, tensor in stored.items():
+        if names[canonical] in dropped:
+            continue
+        count = 1
+        for size in tensor.shape:
+            count *= size
+        if not verifier.tensor(canonical, tensor, len(tensor.data) // count if count else 1):
+            verifier.problems.append(
+                Problem(tensor.file, names[canonical], "a place in OUT", "none", "OUT is incomplete: convert again")
+            )
+        used += 1
+    elements = 0
+    for name, tensor in verifier.target.items():
+        count = 1
+        for size in tensor.shape:
+            count *= size
+        elements += count
+        if verifier.compared[name] != count and not any(p.tensor == name for p in verifier.problems):
+            verifier.wrong(name, f"{count} elements that come from IN", f"{verifier.compared[name]}")
+    for relative, path in source.side_files.items():
+        copy = Path(out_dir) / relative
+        if not copy.is_file() or file_digest(copy) != file_digest(path):
+            verifier.problems.append(Problem(relative, "", "a byte-for-byte copy", "a difference", "convert again"))
+    if verifier.problems:
+        raise ConvertError(verifier.problems)
+    total = sum(len(t.data) for t in verifier.target.values())
+    return Verified(len(verifier.target), elements, total, len(source.side_files))
+
+
+def _layers(prefix: str, layer_list: str, names: Mapping[str, Any]) -> int:
+    """Number of layers that a part has by its names."""
+    start = f"{prefix}.{layer_list}."
+    found = {n.removeprefix(start).partition(".")[0] for n in names if n.startswith(start)}
+    return max((int(i) + 1 for i in found if i.isdecimal()), default=0)
+
+
+def verify_digests(out_dir: str | os.PathLike[str]) -> int:
+    """Check every shard of a canonical checkpoint against `conversion.json`.  Returns the number of files.
+
+    Raises `ConvertError` naming the file that differs, or when the conversion recorded no digests.
+    """
+    directory = Path(out_dir)
+    _, files = read_canonical(directory)
+    try:
+        recorded = {o["file"]: o["sha256"] for o in json.loads((directory / REPORT_FILE).read_bytes())["outputs"]}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConvertError(
+            Problem(REPORT_FILE, "", "the report of the conversion", str(error), "verify against the source instead")
+        ) from None
+    problems = []
+    for name in files:
+        if not recorded.get(name):
+            problems.append(Problem(name, "", "a recorded digest", "none", "verify against the source instead"))
+        elif (found := file_digest(directory / name)) != recorded[name]:
+            problems.append(Problem(name, "", f"SHA-256 {recorded[name]}", found, "the file has changed: convert again"))
+    if problems:
+        raise ConvertError(problems)
+    return len(files)
