@@ -7,6 +7,7 @@ from numpy.typing import NDArray
 
 from .ops import CHECKS, TRANSFORMS
 
+
 def to_float32(data: bytes | memoryview, dtype: str) -> NDArray[np.float32]:
     """Exact float32 values of BF16, F16 or F32 data."""
     if dtype == "BF16":

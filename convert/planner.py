@@ -291,7 +291,11 @@ class _Planner:
             if suffixes <= set(tensors):
                 info = next(iter(tensors.values()))
                 return [Problem(info.file, info.name, "FP8, NVFP4, MX or unquantised weights", name, remedy)]
-        weight = tensors.get("weight")
+        weight, scale = tensors.get("weight"), tensors.get("weight_scale")
+        if weight is not None and scale is not None and "weight_scale_2" in tensors:
+            if len(scale.shape) == 2 and scale.shape[1] and weight.shape[-1] * 2 == scale.shape[1] * 32:
+                found = f"groups of 32 ({scale.dtype} {list(scale.shape)})"
+                return [Problem(scale.file, scale.name, "NVFP4 with groups of 16", found, refused.GROUPS_OF_32)]
         if weight is not None and weight.dtype in refused.WEIGHT_DTYPES:
             name, remedy = refused.WEIGHT_DTYPES[weight.dtype]
             return [Problem(weight.file, weight.name, "FP8, NVFP4, MX or unquantised weights", name, remedy)]

@@ -42,6 +42,9 @@ class Recognised:
         return "input_scale" in self.tensors
 
 
+NO_DIMENSION = -1
+
+
 def _sizes(n: int, k: int, p: int) -> dict[str, int | None]:
     """The value of each dimension letter; None where K does not divide."""
     return {
@@ -50,11 +53,12 @@ def _sizes(n: int, k: int, p: int) -> dict[str, int | None]:
         "K/16": k // NVFP4_GROUP if k % NVFP4_GROUP == 0 else None,
         "K/32": k // MX_GROUP if k % MX_GROUP == 0 else None,
         "NB": ceil_div(n, FP8_BLOCK), "KB": ceil_div(k, FP8_BLOCK),
+        "B0": NO_DIMENSION if n <= FP8_BLOCK and k <= FP8_BLOCK else None,
     }  # fmt: skip
 
 
 def _shapes(stored: Stored, sizes: Mapping[str, int | None]) -> list[tuple[int, ...]]:
-    resolved = [tuple(sizes[d] for d in shape) for shape in stored.shapes]
+    resolved = [tuple(sizes[d] for d in shape if sizes[d] != NO_DIMENSION) for shape in stored.shapes]
     return [shape for shape in resolved if None not in shape]  # type: ignore[misc]
 
 

@@ -26,6 +26,7 @@ DENSE = "dense"  # the scheme name of a module that is not quantised; it has no 
 # A dimension of a stored shape: a number, or a letter that the module's logical size (N, K, P) gives a value to.
 #   N, K    out and in features      K/2 K/16 K/32   packed or grouped along K; None when K does not divide
 #   P       partitions of the shard  NB KB           blocks of 128 along N and K, the last may be partial
+#   B0      no dimension at all, allowed only where a single block covers the whole weight
 Shape = tuple[str, ...]
 SCALAR: tuple[Shape, ...] = ((), ("1",), ("P",))
 

@@ -39,8 +39,10 @@ ENCODINGS = (
         "fp8_tensor", (_FP8, Stored("weight_scale", "weight_scale", ("F32",), SCALAR, "f32"), _INPUT), _SOURCE
     ),
     Encoding("fp8_channel", (_FP8, Stored("weight_scale", "weight_scale", ("F32",), (("N",),), "f32")), _SOURCE),
-    Encoding(  # 4-D on disk: [block rows, 1, block columns, 1]
-        "fp8_block", (_FP8, Stored("weight_scale", "weight_scale", ("F32",), (("NB", "1", "KB", "1"),), "f32")), _SOURCE
+    Encoding(  # 4-D on disk: [block rows, 1, block columns, 1]; 0-d when there is a single block
+        "fp8_block",
+        (_FP8, Stored("weight_scale", "weight_scale", ("F32",), (("NB", "1", "KB", "1"), ("B0",)), "f32")),
+        _SOURCE,
     ),
     Encoding(
         "nvfp4",

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 REQUANTIZE = "export the original model again as FP8 or NVFP4 (nvidia-modelopt or llm-compressor)"
 INTEGER = f"integer formats are not supported: {REQUANTIZE}"
 
+GROUPS_OF_32 = "export with NVFP4 or W4A16_NVFP4 in groups of 16, which is what engines read"
+
 # quant_method -> remedy
 QUANT_METHODS: Mapping[str, str] = {
     "gptq": INTEGER,
