@@ -55,6 +55,14 @@ class DefaultCommand(click.Group):
         formatter.write_usage("qconvert", "IN OUT [OPTIONS]")
         formatter.write_usage("qconvert", "COMMAND [ARGS]...", prefix="       ")
 
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """The options of the main job, then the other commands."""
+        main = self.commands["convert"]
+        records = [p.get_help_record(ctx) for p in main.get_params(ctx)]
+        with formatter.section("Options of qconvert IN OUT"):
+            formatter.write_dl([r for r in records if r is not None])
+        self.format_commands(ctx, formatter)
+
 
 @contextmanager
 def progress_bar(total_label: str) -> Iterator[Callable[[int, int], None] | None]:

@@ -212,6 +212,15 @@ def _copy_side_files(plan: Plan, staging: Path) -> None:
         shutil.copyfile(path, target)
 
 
+def _write_metadata(plan: Plan, staging: Path) -> None:
+    """Write index and config."""
+    index = {plan.steps[i].name: name for name, indices in plan.shards.items() for i in indices}
+    write_json(
+        staging / INDEX_FILE, {"metadata": {"total_size": plan.total_bytes}, "weight_map": dict(sorted(index.items()))}
+    )
+    write_json(staging / CONFIG_FILE, plan.config.to_json())
+
+
 def _execute(plan: Plan, staging: Path, workers: int, hashes: bool, progress: Progress) -> Report:
     source = plan.source
     outputs: list[Future[str]] = []
@@ -225,8 +234,10 @@ def _execute(plan: Plan, staging: Path, workers: int, hashes: bool, progress: Pr
             shards = {pool.submit(_write_shard, plan, n, files, staging, progress): n for n in plan.shards}
             done, _ = wait(shards, return_when=FIRST_EXCEPTION)
             zeros += sum(f.result() for f in done)
-            outputs = [hasher.submit(file_digest, staging / n) for n in plan.shards] if hashes else []
             _copy_side_files(plan, staging)
+            _write_metadata(plan, staging)
+            written = [*plan.shards, INDEX_FILE, CONFIG_FILE, *sorted(source.side_files)]
+            outputs = [hasher.submit(file_digest, staging / n) for n in written] if hashes else []
             source_digests = [f.result() for f in inputs]
             output_digests = [f.result() for f in outputs]
         except BaseException:
@@ -237,15 +248,10 @@ def _execute(plan: Plan, staging: Path, workers: int, hashes: bool, progress: Pr
         status = file.path.stat()
         if (status.st_size, status.st_mtime_ns, status.st_ino) != file.identity:
             raise _changed(file.name)
-    index = {plan.steps[i].name: name for name, indices in plan.shards.items() for i in indices}
-    write_json(
-        staging / INDEX_FILE, {"metadata": {"total_size": plan.total_bytes}, "weight_map": dict(sorted(index.items()))}
-    )
-    write_json(staging / CONFIG_FILE, plan.config.to_json())
     report = Report(_report(plan, zeros))
     for key, names, digests in (
         ("sources", list(source.files), source_digests),
-        ("outputs", list(plan.shards), output_digests),
+        ("outputs", written, output_digests),
     ):
         sizes = [source.files[n].identity[0] if key == "sources" else (staging / n).stat().st_size for n in names]
         report.data[key] = [

@@ -47,6 +47,7 @@ def _summary(config: CanonicalConfig, tensors: Iterable[tuple[str, str, int]]) -
         "bytes": total,
         "bytes_by_scheme": dict(by_scheme.most_common()),
         "bytes_by_part": dict(parts.most_common()),
+        "modules": {name: spec.to_json() for name, spec in config.modules.items()},
         "schemes": {kind: dict(counts) for kind, counts in sorted(schemes.items())},
         "unfused": {name: list(names) for name, names in config.unfused.items()},
         "kv_cache": dict(Counter(config.kv_cache.values())),

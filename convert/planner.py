@@ -98,7 +98,8 @@ class _Planner:
     repairs: list[str] = field(default_factory=list)
     disagreements: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
     statics: list[tuple[str, str, _Stored]] = field(default_factory=list)
-    dialects: Counter[str] = field(default_factory=Counter)
+    files_near: dict[str, str] = field(default_factory=dict)
+    spelling_of_root: dict[str, str] = field(default_factory=dict)
 
     # -- names ------------------------------------------------------------------------------------------------------
 
@@ -125,17 +126,30 @@ class _Planner:
 
     def missing(self, name: str, expected: str) -> None:
         """Note a tensor that the architecture needs and no file has, under the name the checkpoint would use for it."""
-        siblings = self.by_module.get(name.rpartition(".")[0]) or {}
-        file = next((i.file for i in siblings.values()), "")
-        self.problems.append(Problem(file, self.stored_spelling(name), expected, "no such tensor", INCOMPLETE))
+        self.problems.append(Problem(self.near_file(name), self.stored_spelling(name), expected, "no such tensor", INCOMPLETE))
+
+    def near_file(self, name: str) -> str:
+        """The file where a missing tensor would be: that of its nearest relative in the tree of names."""
+        if not self.files_near:
+            for canonical, info in self.by_name.items():
+                while canonical:
+                    canonical = canonical.rpartition(".")[0]
+                    self.files_near.setdefault(canonical, info.file)
+        while name and name not in self.files_near:
+            name = name.rpartition(".")[0]
+        return self.files_near.get(name) or next(iter(self.source.files))
 
     def stored_spelling(self, name: str) -> str:
         """A canonical name in the prefix spelling of this checkpoint."""
         root = name.partition(".")[0]
-        for canonical, info in self.by_name.items():
-            if canonical.partition(".")[0] == root and info.name.endswith(canonical.removeprefix(root)):
-                return info.name.removesuffix(canonical.removeprefix(root)) + name.removeprefix(root)
-        return name
+        if root not in self.spelling_of_root:
+            self.spelling_of_root[root] = root
+            for canonical, info in self.by_name.items():
+                rest = canonical.removeprefix(root)
+                if canonical.partition(".")[0] == root and info.name.endswith(rest):
+                    self.spelling_of_root[root] = info.name.removesuffix(rest)
+                    break
+        return self.spelling_of_root[root] + name.removeprefix(root)
 
     def take(self, name: str) -> TensorInfo | None:
         """Use the stored tensor of a canonical name; None when there is none."""
@@ -275,7 +289,8 @@ class _Planner:
             a, b = settled.conflict
             self.problem(first, "configs that agree", f"{a}, but {b}; the tensors fit both", "remove the wrong config")
         elif settled.missing_input_scale:
-            file, missing = first.file, f"{spelling}.input_scale"
+            suffix = next((t.suffix for t in found.encoding.tensors if t.role == "input_scale"), "input_scale")
+            file, missing = first.file, f"{spelling}.{suffix}"
             label = settled.claim.label if settled.claim else ""
             self.problems.append(Problem(file, missing, f"the static input scale of {label}", "no such tensor", INCOMPLETE))
         if settled.claim is not None and settled.claim.optional_input_scale:
@@ -292,10 +307,10 @@ class _Planner:
                 info = next(iter(tensors.values()))
                 return [Problem(info.file, info.name, "FP8, NVFP4, MX or unquantised weights", name, remedy)]
         weight, scale = tensors.get("weight"), tensors.get("weight_scale")
-        if weight is not None and scale is not None and "weight_scale_2" in tensors:
-            if len(scale.shape) == 2 and scale.shape[1] and weight.shape[-1] * 2 == scale.shape[1] * 32:
-                found = f"groups of 32 ({scale.dtype} {list(scale.shape)})"
-                return [Problem(scale.file, scale.name, "NVFP4 with groups of 16", found, refused.GROUPS_OF_32)]
+        grouped = weight is not None and scale is not None and "weight_scale_2" in tensors and len(scale.shape) == 2
+        if grouped and weight and scale and weight.shape[-1] * 2 == scale.shape[1] * 32:
+            found = f"groups of 32 ({scale.dtype} {list(scale.shape)})"
+            return [Problem(scale.file, scale.name, "NVFP4 with groups of 16", found, refused.GROUPS_OF_32)]
         if weight is not None and weight.dtype in refused.WEIGHT_DTYPES:
             name, remedy = refused.WEIGHT_DTYPES[weight.dtype]
             return [Problem(weight.file, weight.name, "FP8, NVFP4, MX or unquantised weights", name, remedy)]

@@ -347,7 +347,7 @@ def _layers(prefix: str, layer_list: str, names: Mapping[str, Any]) -> int:
 
 
 def verify_digests(out_dir: str | os.PathLike[str]) -> int:
-    """Check every shard of a canonical checkpoint against `conversion.json`.  Returns the number of files.
+    """Check every file of a canonical checkpoint against `conversion.json`.  Returns the number of files.
 
     Raises `ConvertError` naming the file that differs, or when the conversion recorded no digests.
     """
@@ -360,11 +360,14 @@ def verify_digests(out_dir: str | os.PathLike[str]) -> int:
             Problem(REPORT_FILE, "", "the report of the conversion", str(error), "verify against the source instead")
         ) from None
     problems = []
-    for name in files:
+    for name in sorted({*files, *recorded}):
+        path = directory / name
         if not recorded.get(name):
             problems.append(Problem(name, "", "a recorded digest", "none", "verify against the source instead"))
-        elif (found := file_digest(directory / name)) != recorded[name]:
+        elif not path.resolve().is_relative_to(directory.resolve()) or not path.is_file():
+            problems.append(Problem(name, "", "a file of the conversion", "none", "convert again"))
+        elif (found := file_digest(path)) != recorded[name]:
             problems.append(Problem(name, "", f"SHA-256 {recorded[name]}", found, "the file has changed: convert again"))
     if problems:
         raise ConvertError(problems)
-    return len(files)
+    return len(recorded)
