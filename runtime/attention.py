@@ -1,0 +1,165 @@
+"""Softmax attention: rotary positions, the key-value cache, and the product itself.
+
+B batch, T new tokens, S tokens seen so far including the new ones, D head size, Nq / Nkv query and KV heads.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from runtime.architecture import Architecture, refused
+
+
+@dataclass(frozen=True, slots=True)
+class Positions:
+    """Where the new tokens stand: position of the first, and cosine and sine of each, `[T, rotary_dim / 2]`."""
+
+    start: int
+    cos: Tensor
+    sin: Tensor
+
+    def rotate(self, x: Tensor) -> Tensor:
+        """Turn the first `rotary_dim` elements of each head, in halves: `[B, heads, T, D]` to the same."""
+        half = self.cos.shape[-1]
+        a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+        return torch.cat([a * self.cos - b * self.sin, b * self.cos + a * self.sin, rest], -1)
+
+
+class Rope(nn.Module):
+    """Cosines and sines of positions, computed in float32.  Holds nothing that is stored in a checkpoint."""
+
+    inv_freq: Tensor
+
+    def __init__(self, architecture: Architecture, rotary_dim: int, device: torch.device) -> None:
+        super().__init__()
+        inv_freq, self.amplitude = rope_frequencies(architecture, rotary_dim)
+        self.register_buffer("inv_freq", inv_freq.to(device), persistent=False)
+
+    def forward(self, start: int, length: int, dtype: torch.dtype) -> Positions:
+        """Positions `start` to `start + length - 1`, rounded to `dtype`."""
+        positions = torch.arange(start, start + length, device=self.inv_freq.device, dtype=torch.float32)
+        angles = positions.unsqueeze(-1) * self.inv_freq
+        cos, sin = angles.cos() * self.amplitude, angles.sin() * self.amplitude
+        return Positions(start, cos.to(dtype), sin.to(dtype))
+
+
+# Scaling kinds: the fields that each needs, and those that it may have.
+_ROPE_FIELDS: Mapping[str, tuple[frozenset[str], frozenset[str]]] = {
+    "default": (frozenset(), frozenset()),
+    "linear": (frozenset({"factor"}), frozenset()),
+    "llama3": (
+        frozenset({"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}),
+        frozenset(),
+    ),
+    "yarn": (
+        frozenset({"factor", "original_max_position_embeddings"}),
+        frozenset({"attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"}),
+    ),
+}
+# With text alone the three axes of a multimodal rope hold the same positions, so how they interleave changes nothing.
+_ROPE_IGNORED = frozenset({"rope_type", "mrope_section", "mrope_interleaved"})
+
+
+def rope_frequencies(architecture: Architecture, rotary_dim: int) -> tuple[Tensor, float]:
+    """Inverse frequencies, float32 `[rotary_dim / 2]` on the CPU, and the factor that multiplies cosines and sines.
+
+    Raises `FormatError` for a kind of scaling or a field of it that this runtime does not know.
+    Source: transformers 5.23 `modeling_rope_utils.py`; YaRN (arXiv 2309.00071).
+    """
+    scaling: Mapping[str, Any] = architecture.rope_scaling or {"rope_type": "default"}
+    kind = str(scaling.get("rope_type"))
+    if kind not in _ROPE_FIELDS:
+        raise refused("rope_scaling.rope_type", f"one of {', '.join(_ROPE_FIELDS)}", kind)
+    needed, optional = _ROPE_FIELDS[kind]
+    fields = {name: value for name, value in scaling.items() if name not in _ROPE_IGNORED and value is not None}
+    if not needed <= fields.keys() <= needed | optional:
+        raise refused("rope_scaling", f"the fields {', '.join(sorted(needed)) or 'none'} of {kind}", sorted(fields))
+
+    exponents = torch.arange(0, rotary_dim, 2, dtype=torch.float32, device="cpu") / rotary_dim
+    inv_freq = 1.0 / (architecture.rope_theta**exponents)
+    if kind == "linear":
+        return inv_freq / fields["factor"], 1.0
+    if kind == "llama3":
+        return _llama3(inv_freq, fields), 1.0
+    if kind == "yarn":
+        return _yarn(inv_freq, fields, architecture.rope_theta, rotary_dim)
+    return inv_freq, 1.0
+
+
+def _llama3(inv_freq: Tensor, fields: Mapping[str, Any]) -> Tensor:
+    """Long wavelengths are stretched by `factor`, short ones kept, those between blended."""
+    low, high, factor = fields["low_freq_factor"], fields["high_freq_factor"], fields["factor"]
+    turns = fields["original_max_position_embeddings"] * inv_freq / (2 * math.pi)  # within the trained context
+    blend = ((turns - low) / (high - low)).clamp(0, 1)
+    return inv_freq * ((1 - blend) / factor + blend)
+
+
+def _yarn(inv_freq: Tensor, fields: Mapping[str, Any], theta: float, rotary_dim: int) -> tuple[Tensor, float]:
+    """Frequencies below `beta_slow` turns are stretched, above `beta_fast` kept, with a linear ramp between."""
+    factor, context = fields["factor"], fields["original_max_position_embeddings"]
+
+    def index_of(turns: float) -> float:
+        return rotary_dim * math.log(context / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+    low, high = index_of(fields.get("beta_fast") or 32), index_of(fields.get("beta_slow") or 1)
+    if fields.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, rotary_dim - 1)
+    ramp = ((torch.arange(rotary_dim // 2, dtype=torch.float32, device="cpu") - low) / (high - low or 0.001)).clamp(0, 1)
+
+    def magnitude(scale: float) -> float:
+        return 0.1 * scale * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+    amplitude = fields.get("attention_factor")
+    if amplitude is None:
+        mscale, mscale_all_dim = fields.get("mscale"), fields.get("mscale_all_dim")
+        amplitude = magnitude(mscale) / magnitude(mscale_all_dim) if mscale and mscale_all_dim else magnitude(1.0)
+    return inv_freq / factor * ramp + inv_freq * (1 - ramp), float(amplitude)
+
+
+class KVCache:
+    """Keys and values of one attention layer, `[B, Nkv, max_length, D]` each, allocated once."""
+
+    def __init__(
+        self, batch: int, heads: int, max_length: int, head_dim: int, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        shape = (batch, heads, max_length, head_dim)
+        self.k = torch.zeros(shape, device=device, dtype=dtype)
+        self.v = torch.zeros(shape, device=device, dtype=dtype)
+
+    def append(self, k: Tensor, v: Tensor, start: int) -> tuple[Tensor, Tensor]:
+        """Store `[B, Nkv, T, D]` from position `start` on; return all positions up to the last, as views."""
+        end = start + k.shape[2]
+        self.k[:, :, start:end] = k
+        self.v[:, :, start:end] = v
+        return self.k[:, :, :end], self.v[:, :, :end]
+
+
+def split_heads(x: Tensor, head_dim: int) -> Tensor:
+    """`[B, T, heads * D]` to `[B, heads, T, D]`."""
+    return x.unflatten(-1, (-1, head_dim)).transpose(1, 2)
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, start: int, window: int | None = None) -> Tensor:
+    """Attention of the T tokens from position `start` on over all S = start + T positions.
+
+    `q` `[B, Nq, T, D]`, `k`, `v` `[B, Nkv, S, D]`; returns `[B, Nq, T, D]` in the dtype of `q`.  `window`: a key is
+    visible when the query is less than this many positions after it.
+    """
+    T, S = q.shape[2], k.shape[2]
+    if window is None or window > S:
+        window = S  # hides nothing
+    mask = None
+    if window < S or (T > 1 and start > 0):
+        distance = torch.arange(start, S, device=q.device).unsqueeze(-1) - torch.arange(S, device=q.device)
+        mask = (distance >= 0) & (distance < window)
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=mask is None and T > 1, enable_gqa=q.shape[1] != k.shape[1]
+    )
