@@ -1,0 +1,81 @@
+"""What several test files share: running the command line, and building a source checkpoint in a temporary folder."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import runpy
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+for entry in (str(ROOT), str(ROOT / "tests")):
+    if entry not in sys.path:
+        sys.path.insert(0, entry)
+
+from build import Built, build  # noqa: E402  (after the path is set)
+
+
+@dataclass(frozen=True, slots=True)
+class Ran:
+    """What a command did: exit code, standard output and standard error."""
+
+    code: int
+    out: str
+    err: str
+
+
+def run_here(*args: object) -> Ran:
+    """Run `python -m convert ARGS` inside this process: the same entry, without the start of an interpreter.
+
+    An exception other than `SystemExit` passes through, because for a user it would be a traceback.
+    """
+    out, err = io.StringIO(), io.StringIO()
+    before = sys.argv
+    sys.argv = ["qconvert", *map(str, args)]
+    code: int | str | None = 0
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), warnings.catch_warnings():
+            warnings.simplefilter("error")
+            runpy.run_module("convert", run_name="__main__", alter_sys=True)
+    except SystemExit as stop:
+        code = stop.code
+    finally:
+        sys.argv = before
+    return Ran(code if isinstance(code, int) else 0 if code is None else 1, out.getvalue(), err.getvalue())
+
+
+def run_apart(*args: object, code: str = "") -> Ran:
+    """Run `python -m convert ARGS`, or `python -c CODE ARGS`, as a process of its own whose output is a pipe."""
+    command = [sys.executable, *(["-c", code] if code else ["-m", "convert"]), *map(str, args)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    return Ran(done.returncode, done.stdout, done.stderr)
+
+
+@pytest.fixture
+def cli() -> Callable[..., Ran]:
+    """`cli("IN", "OUT", "--json")`: the command line, in this process."""
+    return run_here
+
+
+@pytest.fixture
+def cli_apart() -> Callable[..., Ran]:
+    """The command line in a process of its own, or a line of Python with `code=`."""
+    return run_apart
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Callable[..., Built]:
+    """`make(family=..., dialect=..., scheme=..., ...)`: a source checkpoint; `name=` is its folder, "in" by default."""
+
+    def made(*, name: str = "in", **options: Any) -> Built:
+        return build(tmp_path / name, **options)
+
+    return made
