@@ -17,6 +17,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+torch.set_num_threads(1)  # tensors this small: more threads would only wait for each other
+
 E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], dtype=np.float32)
 PARTITIONS = {  # fused module -> its source projections -> the partitions that each fills
     "self_attn.qkv_proj": {"q_proj": ["q"], "k_proj": ["k"], "v_proj": ["v"]},

@@ -273,7 +273,7 @@ def test_failures_leave_nothing(
     monkeypatch.setattr(os, "fsync", fail)
     ran = cli(built.directory, out, *(["--force"] if force else []))
     assert (ran.code, ran.out) == (code, "")
-    assert len(ran.err.splitlines()) == 1
+    assert len(ran.err.strip().splitlines()) == 1
     assert word in ran.err.lower()
     assert sorted(p.name for p in tmp_path.iterdir()) == (["in", "out"] if force else ["in"])
     assert not force or [p.name for p in out.iterdir()] == ["old"]

@@ -519,15 +519,14 @@ def test_spellings_of_cache_scales(spelling: str, tmp_path: Path) -> None:
     assert read_tensors(tmp_path / "out") == built.canonical
 
 
-@pytest.mark.parametrize("key", ["model.layers.0.mlp", "model.layers.0", "model"])
+@pytest.mark.parametrize("key", ["model.layers.0.mlp", "model.layers.0"])
 def test_containers_in_quantized_layers(key: str, tmp_path: Path) -> None:
     """A key of `quantized_layers` may be a container: it speaks for what is below it, without contradiction."""
     built = build(tmp_path / "in", family="qwen3", dialect="modelopt", scheme="nvfp4")
     block = {"quant_method": "modelopt", "quant_algo": "MIXED_PRECISION", "ignore": []}
     layers = {key: {"quant_algo": "NVFP4", "group_size": 16}}
-    if key != "model":
-        covered = [n for n in built.disk if n.endswith(".weight_scale") and not n.startswith(f"{key}.")]
-        layers |= {n.removesuffix(".weight_scale"): {"quant_algo": "NVFP4", "group_size": 16} for n in covered}
+    others = [n for n in built.disk if n.endswith(".weight_scale") and not n.startswith(f"{key}.")]
+    layers |= {n.removesuffix(".weight_scale"): layers[key] for n in others}
     edit_json(
         tmp_path / "in" / "config.json", lambda c: c.update(quantization_config=block | {"quantized_layers": layers})
     )

@@ -1,0 +1,65 @@
+"""The documentation is checked against the code: commands run, tables match, links lead somewhere."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from convert.cli import cli
+from convert.dialects import DIALECTS
+from convert.families import FAMILIES
+from runtime.format import ACTIVATIONS, SCHEMES
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+FORMAT = (ROOT / "docs" / "format.md").read_text(encoding="utf-8")
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "samples" / "README.md"]
+
+
+def test_support_table() -> None:
+    """README's table has every family as a column, every dialect as a row, and each dialect's schemes."""
+    table = README.split("<!-- support table")[1].split("\n\n")[0].splitlines()
+    assert re.findall(r"`(\w+)`", table[1]) == [family.name for family in FAMILIES]
+    rows = {re.split(r"\s*\|\s*", line)[1]: re.split(r"\s*\|\s*", line)[2] for line in table[3:]}
+    for dialect in DIALECTS:
+        row = next(cells for name, cells in rows.items() if name.startswith(f"`{dialect.name}`"))
+        assert set(row.split(", ")) == {e.scheme for e in dialect.encodings}
+
+
+def commands(page: str) -> list[list[str]]:
+    """The `qconvert` lines of a page's shell blocks, split."""
+    blocks = re.findall(r"```sh\n(.*?)```", page, re.DOTALL)
+    lines = [line for block in blocks for line in block.splitlines()]
+    return [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("qconvert ")]
+
+
+@pytest.mark.parametrize("args", commands(README), ids=" ".join)
+def test_commands_parse(args: list[str]) -> None:
+    """Each command of the README is accepted by the command line as it is written."""
+    context = cli.make_context("qconvert", list(args), resilient_parsing=False)
+    name, command, rest = cli.resolve_command(context, [*context._protected_args, *context.args])
+    assert command is not None
+    command.make_context(name, list(rest), parent=context)
+
+
+def test_format_page_is_complete() -> None:
+    """docs/format.md names every scheme and every kind of activations."""
+    for name in (*SCHEMES, *ACTIVATIONS):
+        assert f"`{name}`" in FORMAT, name
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_links_lead_somewhere(page: Path) -> None:
+    """Relative links point to files that exist."""
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text(encoding="utf-8")):
+        assert (page.parent / target).exists(), target
+
+
+def test_architecture_names_real_files() -> None:
+    """Every path that docs/architecture.md mentions exists."""
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    for path in re.findall(r"`((?:convert|runtime|tests|bench)/[\w/.]*)`", page):
+        assert (ROOT / path).exists(), path
