@@ -31,7 +31,9 @@ from .source import SourceFile, TensorInfo, read_source
 from .staging import check_target, staged
 
 CHUNK = 4 << 20
-SMALL = 1 << 20  # checked tensors up to this size are read once before anything is written, so that all faults are listed
+COPY_AT_ONCE = 64 << 20  # bytes that the kernel copies between two looks at progress
+# copy_file_range's answers where it is not available between two files; reads and writes take over.
+NOT_POSSIBLE = frozenset({errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF})
 STREAMED_CHECKS = frozenset({"fp8_codes", "e4m3_scale", "e8m0_scale"})
 
 Progress = Callable[[int], None]  # called with the number of bytes written since the last call
@@ -124,35 +126,45 @@ def check_values(plan: Plan, files: _Files) -> int:
     return zeros
 
 
-def _write_all(target: BinaryIO, data: bytes) -> None:
-    """Write all of `data`: an unbuffered write may stop short."""
-    view = memoryview(data)
-    while view:
-        view = view[target.write(view) :]
+class _Target:
+    """A file of OUT that is being written: counts progress, and stops between pieces when the run is given up."""
+
+    def __init__(self, stream: BinaryIO, progress: Progress, stop: threading.Event) -> None:
+        self._stream, self._progress, self._stop = stream, progress, stop
+
+    def _advance(self, nbytes: int) -> None:
+        self._progress(nbytes)
+        if self._stop.is_set():
+            raise InterruptedError("the conversion was given up")
+
+    def write(self, data: bytes) -> None:
+        """Append all of `data`: an unbuffered write may stop short."""
+        view = memoryview(data)
+        while view:
+            written = self._stream.write(view)
+            view = view[written:]
+            self._advance(written)
+
+    def copy_range(self, files: _Files, info: TensorInfo) -> None:
+        """Append a tensor's bytes, in the kernel where platform and file systems allow it."""
+        descriptor, position = files.descriptor(info.file), info.start
+        while position < info.end and hasattr(os, "copy_file_range"):
+            try:
+                count = min(COPY_AT_ONCE, info.end - position)
+                copied = os.copy_file_range(descriptor, self._stream.fileno(), count, position)
+            except OSError as error:
+                if error.errno not in NOT_POSSIBLE:
+                    raise
+                break
+            if copied == 0:
+                raise _changed(info.file)
+            position += copied
+            self._advance(copied)
+        for piece in files.pieces(TensorInfo(info.name, info.dtype, info.shape, info.file, position, info.end)):
+            self.write(piece)
 
 
-NOT_POSSIBLE = frozenset({errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF})
-
-
-def _copy_range(files: _Files, info: TensorInfo, target: BinaryIO) -> None:
-    """Append a tensor's bytes to `target`, in the kernel where platform and file systems allow it."""
-    descriptor, position = files.descriptor(info.file), info.start
-    while position < info.end and hasattr(os, "copy_file_range"):
-        try:
-            copied = os.copy_file_range(descriptor, target.fileno(), info.end - position, position)
-        except OSError as error:
-            if error.errno not in NOT_POSSIBLE:
-                raise
-            break
-        if copied == 0:
-            raise _changed(info.file)
-        position += copied
-    rest = TensorInfo(info.name, info.dtype, info.shape, info.file, position, info.end)
-    for piece in files.pieces(rest):
-        _write_all(target, piece)
-
-
-def _write_step(plan: Plan, step: Step, files: _Files, target: BinaryIO) -> int:
+def _write_step(plan: Plan, step: Step, files: _Files, target: _Target) -> int:
     """Append one canonical tensor to `target`.  Returns the number of zero block scales in it."""
     zeros = 0
     for term in step.terms:
@@ -164,26 +176,28 @@ def _write_step(plan: Plan, step: Step, files: _Files, target: BinaryIO) -> int:
                     if found:
                         raise _fault(info, step.check, found)
                     zeros += count_zeros(step.check, piece, info.dtype)
-                    _write_all(target, piece)
+                    target.write(piece)
             else:
-                _copy_range(files, info, target)
+                target.copy_range(files, info)
         else:
             data = transform(term.transform, files.read(info), info.dtype)
             for _ in range(term.repeat):
-                _write_all(target, data)
+                target.write(data)
     return zeros
 
 
-def _write_shard(plan: Plan, name: str, files: _Files, staging: Path, progress: Progress) -> int:
+def _write_shard(
+    plan: Plan, name: str, files: _Files, staging: Path, progress: Progress, stop: threading.Event
+) -> int:
     """Write one shard of OUT and flush it.  Returns the number of zero block scales in it."""
     steps = [plan.steps[i] for i in plan.shards[name]]
     zeros = 0
-    with (staging / name).open("wb", buffering=0) as target:
-        _write_all(target, header_bytes((s.name, s.dtype, s.shape, s.nbytes) for s in steps))
+    with (staging / name).open("wb", buffering=0) as stream:
+        _Target(stream, lambda _: None, stop).write(header_bytes((s.name, s.dtype, s.shape, s.nbytes) for s in steps))
+        target = _Target(stream, progress, stop)
         for step in steps:
             zeros += _write_step(plan, step, files, target)
-            progress(step.nbytes)
-        os.fsync(target.fileno())
+        os.fsync(stream.fileno())
     return zeros
 
 
@@ -224,6 +238,7 @@ def _write_metadata(plan: Plan, staging: Path) -> None:
 def _execute(plan: Plan, staging: Path, workers: int, hashes: bool, progress: Progress) -> Report:
     source = plan.source
     outputs: list[Future[str]] = []
+    stop = threading.Event()
     with ExitStack() as stack:
         files = _Files(source.files, stack)
         zeros = check_values(plan, files)
@@ -231,7 +246,7 @@ def _execute(plan: Plan, staging: Path, workers: int, hashes: bool, progress: Pr
         hasher = stack.enter_context(ThreadPoolExecutor(1))
         try:
             inputs = [hasher.submit(file_digest, f.path) for f in source.files.values()] if hashes else []
-            shards = {pool.submit(_write_shard, plan, n, files, staging, progress): n for n in plan.shards}
+            shards = [pool.submit(_write_shard, plan, n, files, staging, progress, stop) for n in plan.shards]
             done, _ = wait(shards, return_when=FIRST_EXCEPTION)
             zeros += sum(f.result() for f in done)
             _copy_side_files(plan, staging)
@@ -241,6 +256,7 @@ def _execute(plan: Plan, staging: Path, workers: int, hashes: bool, progress: Pr
             source_digests = [f.result() for f in inputs]
             output_digests = [f.result() for f in outputs]
         except BaseException:
+            stop.set()
             pool.shutdown(wait=True, cancel_futures=True)
             hasher.shutdown(wait=True, cancel_futures=True)
             raise

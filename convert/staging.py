@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from .errors import MachineError, Problem, UsageError
@@ -27,8 +27,9 @@ def check_target(out: Path, in_dir: Path | None, force: bool) -> None:
         raise UsageError(
             Problem(str(out), "", "an empty or absent OUT", "files in it", "choose another OUT, or replace it with --force")
         )
-    if not resolved.parent.is_dir():
-        raise UsageError(Problem(str(out.parent), "", "a directory to put OUT in", "none", "create it first"))
+    ancestor = next(p for p in resolved.parents if p.exists())
+    if not ancestor.is_dir():
+        raise UsageError(Problem(str(ancestor), "", "a directory to put OUT in", "a file", "choose another OUT"))
 
 
 def sync_directory(path: Path) -> None:
@@ -44,33 +45,45 @@ def sync_directory(path: Path) -> None:
 def staged(out: Path, needed_bytes: int) -> Iterator[Path]:
     """A directory beside `out` that becomes `out` when the block ends, and vanishes when it raises.
 
-    An existing `out` is replaced only then.  Raises `MachineError` when the disk has less than `needed_bytes` free.
+    Missing parents of `out` are created, and removed again on failure.  An existing `out` is replaced only at the end.
+    Raises `MachineError` when the disk has less than `needed_bytes` free.
     """
-    parent = out.resolve().parent
-    free = shutil.disk_usage(parent).free
+    target = out.resolve()
+    parent = target.parent
+    created = [p for p in (parent, *parent.parents) if not p.exists()]
+    free = shutil.disk_usage(next(p for p in target.parents if p.exists())).free
     if free < needed_bytes:
         raise MachineError(
             Problem(str(parent), "", f"{needed_bytes / 1e9:.2f} GB free", f"{free / 1e9:.2f} GB", "free some space")
         )
-    staging = parent / f".{out.name}.partial-{os.getpid()}"
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir()
+    staging = parent / f".{target.name}.partial-{os.getpid()}"
     try:
+        parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir()
         yield staging
         sync_directory(staging)
-        replaced = None
-        if out.exists():
-            replaced = parent / f".{out.name}.replaced-{os.getpid()}"
-            os.rename(out, replaced)
-        try:
-            os.rename(staging, parent / out.name)
-        except BaseException:
-            if replaced is not None:
-                os.rename(replaced, out)
-            raise
-        sync_directory(parent)
-        if replaced is not None:
-            shutil.rmtree(replaced, ignore_errors=True)
+        _replace(target, staging)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
+        for directory in created:
+            with suppress(OSError):
+                directory.rmdir()
         raise
+
+
+def _replace(target: Path, staging: Path) -> None:
+    """Rename `staging` to `target`; what was there before goes only once the new one is in place."""
+    before = target.with_name(f".{target.name}.replaced-{os.getpid()}")
+    existed = target.exists()
+    if existed:
+        os.rename(target, before)
+    try:
+        os.rename(staging, target)
+    except BaseException:
+        if existed:
+            os.rename(before, target)
+        raise
+    sync_directory(target.parent)
+    if existed:
+        shutil.rmtree(before, ignore_errors=True)
