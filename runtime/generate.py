@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from typing import TYPE_CHECKING, Any
@@ -76,6 +77,8 @@ def main(
     if system is not None and not chat:
         raise click.UsageError("--system needs --chat")
 
+    # Read when torch is imported.  Threads that wait by spinning make small models several times slower on a busy machine.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     import torch
 
     if device == "cuda" and not torch.cuda.is_available():

@@ -90,7 +90,9 @@ def test_generation_stops_after_an_end_token(reference: Any, out: Path) -> None:
     model = runtime.load_model(out)
     expected = greedy(reference, [5, 6, 7], 12)
     end = expected[4]
-    assert list(runtime.generate_tokens(model, torch.tensor([5, 6, 7]), 12, eos_ids=[end])) == expected[: expected.index(end) + 1]
+    assert (
+        list(runtime.generate_tokens(model, torch.tensor([5, 6, 7]), 12, eos_ids=[end])) == expected[: expected.index(end) + 1]
+    )
     both = list(runtime.generate_tokens(model, torch.tensor([[5, 6, 7], [9, 9, 9]]), 12, eos_ids=[end]))
     stopped = [tokens[0] for tokens in both]
     assert stopped[: expected.index(end) + 1] == expected[: expected.index(end) + 1]
@@ -341,7 +343,9 @@ def test_a_closed_pipe_ends_quietly(tmp_path: Path) -> None:
 
 
 def test_help_answers_without_torch() -> None:
-    code = "import sys; sys.argv = ['x', '--help']; import runpy\ntry: runpy.run_module('runtime.generate', run_name='__main__')\n"
+    code = (
+        "import sys; sys.argv = ['x', '--help']; import runpy\ntry: runpy.run_module('runtime.generate', run_name='__main__')\n"
+    )
     code += "except SystemExit: pass\nprint('torch' in sys.modules)"
     found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert "Continue a prompt" in found.stdout

@@ -191,7 +191,9 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
         [QKVZ, "[32, 32, 64, 64]", "[100, 92]"],
     ),
     "a module that does not exist": (
-        edit_config("quantization", "modules", "model.extra", value={"scheme": "nvfp4", "shape": [4, 16], "activations": "nvfp4"}),
+        edit_config(
+            "quantization", "modules", "model.extra", value={"scheme": "nvfp4", "shape": [4, 16], "activations": "nvfp4"}
+        ),
         ["quantization.modules.model.extra", "does not have"],
     ),
     "a cache that does not exist": (
@@ -246,7 +248,7 @@ def test_what_does_not_fit_is_refused_in_one_line(out: Path, damage: Callable[[P
     text = str(caught.value)
     assert "\n" not in text
     for part in [*message, "expected", "found"]:
-        assert part in text or part == "expected" and "malformed" in text
+        assert part in text or (part == "expected" and "malformed" in text)
 
 
 def test_several_problems_are_listed(out: Path) -> None:

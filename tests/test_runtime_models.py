@@ -208,7 +208,8 @@ def test_quantised_activations_reach_every_layer(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("tokens", [1, 5, 64, 65, 200])
-def test_gated_delta_equals_the_recurrence_in_float64(tokens: int) -> None:
+def test_gated_delta_equals_the_recurrence_in_float64(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gated_delta, "SEGMENT", 128)
     generator = torch.Generator().manual_seed(tokens)
     heads, dk, dv = 3, 8, 12
     q, k = (torch.nn.functional.normalize(torch.randn(2, heads, tokens, dk, generator=generator), dim=-1) for _ in range(2))

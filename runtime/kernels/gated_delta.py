@@ -16,13 +16,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 CHUNK = 64  # tokens that one triangular system covers
+SEGMENT = 4096  # tokens whose systems are alive at once: bounds the memory of a long prompt
 
 
 def gated_delta(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor) -> Tensor:
     """Run the rule over T tokens and return the outputs `[B, H, T, Dv]`; one token by recurrence, more by chunks."""
     if q.shape[2] == 1:
         return step(q, k, v, g, beta, state)
-    return chunked(q, k, v, g, beta, state)
+    segments = [x.split(SEGMENT, 2) for x in (q, k, v, g, beta)]
+    return torch.cat([chunked(*inputs, state) for inputs in zip(*segments, strict=True)], 2)  # type: ignore[call-arg]
 
 
 def step(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor) -> Tensor:
@@ -41,7 +43,7 @@ def chunked(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Ten
 
         O = e^c Q S + (Q K^T o L) V';    S <- e^(c_last) S + (e^(c_last - c) K)^T V'
 
-    Memory: the systems of all chunks, B * H * T * CHUNK float32, are alive at once.
+    Memory: a few times the systems of all chunks, B * H * T * CHUNK float32.
     """
     T = q.shape[2]
     pad = -T % CHUNK  # padded tokens have g = 0 and beta = 0: they change nothing
