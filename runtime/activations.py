@@ -42,10 +42,10 @@ def fake_quantize(x: Tensor, kind: str, input_scale: Tensor | None = None) -> Te
             return _nvfp4(x, input_scale)
         case "mxfp8":
             groups = _split(x, MX_GROUP)
-            return _join(fp8(groups, _power_of_two_below(_amax(groups), 8)), x)
+            return _join(fp8(groups, _power_of_two_above(_amax(groups) / FP8_MAX)), x)
         case "mxfp4":
             groups = _split(x, MX_GROUP)
-            scale = _power_of_two_below(_amax(groups), 2)
+            scale = _e2m1_power_of_two(_amax(groups))
             return _join(round_to_e2m1(groups / scale) * scale, x)
     raise AssertionError(f"unknown activation kind {kind}")
 
@@ -95,10 +95,13 @@ def e8m0_table(device: torch.device) -> Tensor:
     return torch.tensor([2.0 ** (byte - 127) for byte in range(255)] + [math.nan], device=device)
 
 
-def _power_of_two_below(amax: Tensor, exponent: int) -> Tensor:
-    """`2**(floor(log2(amax)) - exponent)`, exact, within the range of E8M0."""
-    floor = torch.frexp(amax).exponent - 1  # frexp's mantissa lies in [0.5, 1)
-    return e8m0_table(amax.device)[(floor - exponent + 127).clamp(0, 254)]
+def _e2m1_power_of_two(amax: Tensor) -> Tensor:
+    """`2**(floor(log2(amax * 8 / 7)) - 2)`, exact, within the range of E8M0: `amax / scale` is below 7, which rounds to 6.
+
+    Source: compressed-tensors 0.20 `generate_mx_scales`.
+    """
+    mantissa, exponent = torch.frexp(amax)  # mantissa in [0.5, 1)
+    return e8m0_table(amax.device)[(exponent - 1 + (mantissa >= 0.875).int() - 2 + 127).clamp(0, 254)]
 
 
 def _power_of_two_above(scale: Tensor) -> Tensor:

@@ -503,7 +503,7 @@ def random_scale(rng: np.random.Generator, shape: tuple[int, ...], dtype: str, l
 
     def draw() -> np.float32:
         while True:
-            value = np.float32(raw(dtype, np.exp(rng.uniform(np.log(low), np.log(high), ()))).floats()[()])
+            value: np.float32 = np.float32(raw(dtype, np.exp(rng.uniform(np.log(low), np.log(high), ()))).floats()[()])
             if np.frexp(value)[0] != 0.5 and (dtype == "BF16" or one / (one / value) != value):
                 return value
 
@@ -954,7 +954,8 @@ def _expect_module(built: Built, module: str, members: list[tuple[Linear, Quanti
         built.canonical[f"{module}.{role}"] = join(tensors)
 
     def per_partition(values: Iterable[Floats | None]) -> Iterable[Raw]:
-        return (raw("F32", np.broadcast_to(v, (count,))) for v, count in zip(values, counts, strict=True))  # type: ignore[arg-type]
+        pairs = zip(values, counts, strict=True)
+        return (raw("F32", np.broadcast_to(np.asarray(value), (count,))) for value, count in pairs)
 
     put("weight", (raw("U8" if scheme in ("nvfp4", "mxfp4") else "F8_E4M3", q.weight) for _, q in members))
     if scheme == "fp8_tensor":

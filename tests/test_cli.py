@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-import convert
 from build import Built, edit_tensors, read_json, read_tensors
 from conftest import Ran
+
+import convert
 
 Cli = Callable[..., Ran]
 MIXED = {"family": "qwen3_5", "wrapper": True, "mtp": True, "dialect": "modelopt", "scheme": "mixed"}
@@ -183,7 +183,7 @@ def _facts(found: Any) -> str:
 @pytest.mark.parametrize("what", ["source", "canonical"])
 @pytest.mark.parametrize("options", [MIXED, CT, FP8 | {"kv": "tensor"}], ids=["mixed", "ct", "kv"])
 def test_inspect(what: str, options: dict[str, Any], make: Callable[..., Built], cli: Cli, tmp_path: Path) -> None:
-    """`inspect` says dialect, family and schemes, of sources and of canonical checkpoints; `--json` has every module."""
+    """`inspect` says dialect, family and schemes of sources and canonical checkpoints; `--json` has every module."""
     built = make(**options)
     folder = built.directory
     if what == "canonical":

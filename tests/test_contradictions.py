@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-
-import convert
 from build import Built, edit_json, edit_tensors, raw, read_json, read_tensors
 from conftest import Ran
+
+import convert
 
 Change = Callable[[Any], None]
 MIXED = {"family": "qwen3_5", "dialect": "modelopt", "scheme": "mixed"}
@@ -60,17 +60,13 @@ CASES = [
     Case(
         "head-excluded-by-a-uniform-config",
         MIXED,
-        quantization(
-            lambda q: (q.pop("quantized_layers"), q.update(quant_algo="NVFP4", ignore=["lm_head"], config_groups={}))
-        ),
+        quantization(lambda q: (q.pop("quantized_layers"), q.update(quant_algo="NVFP4", ignore=["lm_head"], config_groups={}))),
         ("lm_head",),
     ),
     Case(
         "listed-but-not-quantised",
         MIXED,
-        quantization(
-            lambda q: q["quantized_layers"].update({"model.layers.0.linear_attn.in_proj_a": {"quant_algo": "FP8"}})
-        ),
+        quantization(lambda q: q["quantized_layers"].update({"model.layers.0.linear_attn.in_proj_a": {"quant_algo": "FP8"}})),
         ("in_proj_a",),
     ),
     Case(
@@ -164,11 +160,9 @@ def test_nothing_to_report(options: dict[str, Any], make: Callable[..., Built], 
 
 
 def test_claims_w4a16_holds_input_scales(make: Callable[..., Built], tmp_path: Path) -> None:
-    """W4A16 with `input_scale` tensors (legacy files): the activations of the config, the scales dropped with a reason."""
+    """W4A16 with `input_scale` tensors (legacy files): the config's activations, the scales dropped with a reason."""
     built = make(**NVFP4)
-    edit_json(
-        built.directory / "config.json", quantization(lambda q: q.update(quant_algo="W4A16_NVFP4", config_groups={}))
-    )
+    edit_json(built.directory / "config.json", quantization(lambda q: q.update(quant_algo="W4A16_NVFP4", config_groups={})))
     convert.convert_checkpoint(built.directory, tmp_path / "out")
     convert.verify_conversion(built.directory, tmp_path / "out")
     found, report = read_tensors(tmp_path / "out"), read_json(tmp_path / "out" / "conversion.json")
@@ -185,9 +179,21 @@ def test_claims_w4a4_but_weight_only(how: str, make: Callable[..., Built], tmp_p
     """NVFP4 without `input_scale` is W4A16, as is NVFP4 whose groups all quantise no activations."""
     built = make(**W4A16)
     groups = {"group_0": {"weights": {"num_bits": 4}, "targets": ["Linear"]}} if how == "null-activations" else {}
-    edit_json(
-        built.directory / "config.json", quantization(lambda q: q.update(quant_algo="NVFP4", config_groups=groups))
-    )
+    edit_json(built.directory / "config.json", quantization(lambda q: q.update(quant_algo="NVFP4", config_groups=groups)))
+    convert_and_report(built, tmp_path / "out")
+    assert read_json(tmp_path / "out" / "config.json")["quantization"]["modules"] == built.modules
+
+
+@pytest.mark.parametrize("stored", ["nvfp4", "w4a16_nvfp4"])
+@pytest.mark.parametrize("first", ["NVFP4", "W4A16_NVFP4"])
+def test_stored_input_scales_decide_between_two_files(
+    stored: str, first: str, make: Callable[..., Built], tmp_path: Path
+) -> None:
+    """config.json and hf_quant_config.json disagree on W4A4 or W4A16: whether `input_scale` is stored decides."""
+    built = make(**NVFP4 | BOTH | {"scheme": stored})
+    second = {"NVFP4": "W4A16_NVFP4", "W4A16_NVFP4": "NVFP4"}[first]
+    edit_json(built.directory / "config.json", quantization(lambda q: q.update(quant_algo=first, config_groups={})))
+    edit_json(built.directory / "hf_quant_config.json", lambda q: q["quantization"].update(quant_algo=second))
     convert_and_report(built, tmp_path / "out")
     assert read_json(tmp_path / "out" / "config.json")["quantization"]["modules"] == built.modules
 
@@ -230,9 +236,7 @@ def test_partitions_may_differ_in_input_scale(make: Callable[..., Built], tmp_pa
     assert found == raw("F32", values)
 
 
-def test_the_command_mentions_contradictions(
-    make: Callable[..., Built], cli: Callable[..., Ran], tmp_path: Path
-) -> None:
+def test_the_command_mentions_contradictions(make: Callable[..., Built], cli: Callable[..., Ran], tmp_path: Path) -> None:
     """What `conversion.json` reports, `--dry-run` and `--json` show before anything is written."""
     built = make(**MIXED)
     edit_json(built.directory / "config.json", quantization(lambda q: q["quantized_layers"].pop("lm_head")))

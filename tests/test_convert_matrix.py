@@ -18,10 +18,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file
-
-import convert
 from build import (
     RECIPES,
     Built,
@@ -36,6 +32,10 @@ from build import (
     read_json,
     read_tensors,
 )
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+import convert
 from convert.dialects import DIALECTS
 from convert.families import FAMILIES as CONVERT_FAMILIES
 from runtime.format import ACTIVATIONS, SCHEMES, CanonicalConfig, module_tensors
@@ -223,9 +223,7 @@ def read_dense(out: Path) -> dict[str, Floats]:
             if entry.get("pre_quant_scale"):
                 values = values * stored[f"{module}.pre_quant_scale"].float().numpy()
         parent, dot, last = module.rpartition(".")
-        pieces = (
-            [(last, len(values))] if last not in SOURCES else projections(config["architecture"], module, len(values))
-        )
+        pieces = [(last, len(values))] if last not in SOURCES else projections(config["architecture"], module, len(values))
         row = 0
         for projection, rows in pieces:
             root, _, rest = f"{parent}{dot}{projection}.{role}".partition(".")
@@ -483,7 +481,7 @@ def test_verify_sees_a_changed_config(change: Callable[[Any], Any], tmp_path: Pa
         convert.verify_conversion(tmp_path / "in", tmp_path / "out")
 
 
-# ---------------------------------------------------------------------------------------------- other spellings of facts
+# --------------------------------------------------------------------------------------------- other spellings of facts
 
 
 @pytest.mark.parametrize("scheme", ["mxfp4", "mxfp8"])
@@ -527,9 +525,7 @@ def test_containers_in_quantized_layers(key: str, tmp_path: Path) -> None:
     layers = {key: {"quant_algo": "NVFP4", "group_size": 16}}
     others = [n for n in built.disk if n.endswith(".weight_scale") and not n.startswith(f"{key}.")]
     layers |= {n.removesuffix(".weight_scale"): layers[key] for n in others}
-    edit_json(
-        tmp_path / "in" / "config.json", lambda c: c.update(quantization_config=block | {"quantized_layers": layers})
-    )
+    edit_json(tmp_path / "in" / "config.json", lambda c: c.update(quantization_config=block | {"quantized_layers": layers}))
     convert.convert_checkpoint(tmp_path / "in", tmp_path / "out")
     assert read_tensors(tmp_path / "out") == built.canonical
     assert read_json(tmp_path / "out" / "config.json")["quantization"]["modules"] == built.modules
@@ -554,7 +550,7 @@ def test_a_quantised_tower(tmp_path: Path) -> None:
 
 OLD_ROPE = {"rope_parameters": None, "rope_theta": 10000.0}
 YARN = {"factor": 4.0, "original_max_position_embeddings": 128}
-ARCHITECTURES = [  # (family, what config.json says instead; None: the key is absent; what `architecture` then has instead)
+ARCHITECTURES = [  # (family, what config.json says instead, None being an absent key; what `architecture` then says)
     ("qwen3", OLD_ROPE | {"rope_scaling": None}, {}),
     ("qwen3", OLD_ROPE | {"rope_scaling": {"type": "yarn", **YARN}}, {"rope_scaling": {"rope_type": "yarn", **YARN}}),
     ("qwen3", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6, **YARN}},
@@ -615,6 +611,20 @@ def test_export_bfloat16(row: Row, converted: Callable[[Row], tuple[Built, Path]
     assert {t.dtype for t in exported.values()} == {"BF16"}
     rounded = {name: torch.from_numpy(v.copy()).bfloat16().float().numpy() for name, v in built.dense.items()}
     assert_same({name: tensor.floats() for name, tensor in exported.items()}, rounded)
+
+
+def test_export_bfloat16_ties(tmp_path: Path) -> None:
+    """Values half-way between two bfloat16 numbers go to the even one."""
+    build(tmp_path / "in", family="qwen3", dialect="modelopt", scheme="fp8")
+    module = "model.layers.0.mlp.down_proj"
+    scale = raw("F32", 1 + 2.0**-8)  # 1.0 times this lies half-way between 1 and 1 + 2**-7
+    edit_tensors(tmp_path / "in", lambda stored: stored.update({f"{module}.weight_scale": scale}))
+    convert.convert_checkpoint(tmp_path / "in", tmp_path / "out")
+    convert.export_checkpoint(tmp_path / "out", tmp_path / "dense", to="dense", dtype="bfloat16")
+    values = read_tensors(tmp_path / "in")[f"{module}.weight"].floats() * scale.floats()
+    assert (bits(values) & 0xFFFF == 0x8000).any()
+    rounded = torch.from_numpy(values).bfloat16().float().numpy()
+    assert_same({module: read_tensors(tmp_path / "dense")[f"{module}.weight"].floats()}, {module: rounded})
 
 
 @pytest.mark.parametrize(

@@ -16,10 +16,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-
-import convert
 from build import INDEX, Built, Raw, build, edit_json, edit_tensors, raw, read_json, read_tensors, safetensors_bytes
 from conftest import Ran
+
+import convert
 
 FILE = "model.safetensors"
 LINE = re.compile(r"expected .+, found .+; .+")
@@ -227,9 +227,7 @@ MISSING = [
     Case("missing-ct-weight_scale", CT_FP8, drop(f"{Q}.weight_scale"), tensor=f"{Q}.weight_scale"),
     Case("missing-ct-input_scale", CT_FP8, drop(f"{Q}.input_scale"), tensor=f"{Q}.input_scale"),
     Case("missing-ct-nvfp4-weight_scale", CT_NVFP4, drop(f"{Q}.weight_scale"), tensor=f"{Q}.weight_scale"),
-    Case(
-        "missing-ct-weight_global_scale", CT_NVFP4, drop(f"{Q}.weight_global_scale"), tensor=f"{Q}.weight_global_scale"
-    ),
+    Case("missing-ct-weight_global_scale", CT_NVFP4, drop(f"{Q}.weight_global_scale"), tensor=f"{Q}.weight_global_scale"),
     Case("missing-ct-input_global_scale", CT_NVFP4, drop(f"{Q}.input_global_scale"), tensor=f"{Q}.input_global_scale"),
     Case("missing-ct-mxfp4-weight_scale", CT_MXFP4, drop(f"{Q}.weight_scale"), tensor=f"{Q}.weight_scale"),
     Case("missing-hf-weight_scale_inv", HF_BLOCK, drop(f"{Q}.weight_scale_inv"), tensor=f"{Q}.weight_scale_inv"),
@@ -275,11 +273,7 @@ MISSING = [
     Case(
         "missing-layer",
         DENSE,
-        config(
-            lambda c: c.update(
-                num_hidden_layers=3, layer_types=["linear_attention", "full_attention", "full_attention"]
-            )
-        ),
+        config(lambda c: c.update(num_hidden_layers=3, layer_types=["linear_attention", "full_attention", "full_attention"])),
         tensor="model.layers.2.",
     ),
 ]
@@ -303,9 +297,7 @@ VALUES = [
     Case("nan-code-ff-in-fp8-weight", HF_BLOCK, code(f"{Q}.weight", 0xFF), tensor=f"{Q}.weight", words=("nan",)),
     Case("nan-code-in-mxfp8-weight", MXFP8, code(f"{Q}.weight", 0x7F, 0), tensor=f"{Q}.weight", words=("nan",)),
     Case("nan-block-scale-7f", NVFP4, code(f"{Q}.weight_scale", 0x7F), tensor=f"{Q}.weight_scale", words=("nan",)),
-    Case(
-        "nan-block-scale-ff", CT_NVFP4, code(f"{Q}.weight_scale", 0xFF, 0), tensor=f"{Q}.weight_scale", words=("nan",)
-    ),
+    Case("nan-block-scale-ff", CT_NVFP4, code(f"{Q}.weight_scale", 0xFF, 0), tensor=f"{Q}.weight_scale", words=("nan",)),
     Case("negative-block-scale", NVFP4, code(f"{Q}.weight_scale", 0xB0, 3), tensor=f"{Q}.weight_scale"),
     Case("nan-e8m0-scale", CT_MXFP4, code(f"{Q}.weight_scale", 0xFF, 3), tensor=f"{Q}.weight_scale", words=("nan",)),
     Case(
@@ -353,12 +345,8 @@ SHAPES = [
         tensor=f"{DOWN}.weight_scale",
     ),
     Case("nvfp4-weight-half-as-wide", NVFP4, zeros(f"{DOWN}.weight", "U8", 64, 24), tensor=f"{DOWN}.weight"),
-    Case(
-        "nvfp4-weight_scale_2-of-two", NVFP4, zeros(f"{DOWN}.weight_scale_2", "F32", 2), tensor=f"{DOWN}.weight_scale_2"
-    ),
-    Case(
-        "channel-scale-of-another-length", CHANNEL, zeros(f"{Q}.weight_scale", "F32", 127), tensor=f"{Q}.weight_scale"
-    ),
+    Case("nvfp4-weight_scale_2-of-two", NVFP4, zeros(f"{DOWN}.weight_scale_2", "F32", 2), tensor=f"{DOWN}.weight_scale_2"),
+    Case("channel-scale-of-another-length", CHANNEL, zeros(f"{Q}.weight_scale", "F32", 127), tensor=f"{Q}.weight_scale"),
     Case(
         "block-grid-of-another-size",
         HF_BLOCK,
@@ -374,9 +362,7 @@ SHAPES = [
     ),
     Case("mx-scale-half-as-wide", MXFP8, zeros(f"{Q}.weight_scale", "U8", 128, 1), tensor=f"{Q}.weight_scale"),
     Case("scale-of-another-dtype", FP8, zeros(f"{Q}.weight_scale", "I64"), tensor=f"{Q}.weight_scale", words=("I64",)),
-    Case(
-        "pre_quant_scale-too-short", AWQ, zeros(f"{DOWN}.pre_quant_scale", "BF16", 95), tensor=f"{DOWN}.pre_quant_scale"
-    ),
+    Case("pre_quant_scale-too-short", AWQ, zeros(f"{DOWN}.pre_quant_scale", "BF16", 95), tensor=f"{DOWN}.pre_quant_scale"),
     Case(
         "kv-scale-of-three",
         KV,
@@ -392,9 +378,7 @@ SHAPES = [
     ),
     Case("fp8-weight-of-another-shape", FP8, zeros(f"{Q}.weight", "F8_E4M3", 127, 64), tensor=f"{Q}.weight"),
     Case("norm-of-another-shape", DENSE, zeros("model.norm.weight", "BF16", 65), tensor="model.norm.weight"),
-    Case(
-        "config-of-another-size", FP8, config(lambda c: c.update(intermediate_size=128)), tensor="mlp", words=("128",)
-    ),
+    Case("config-of-another-size", FP8, config(lambda c: c.update(intermediate_size=128)), tensor="mlp", words=("128",)),
     Case("integer-norm", DENSE, zeros("model.norm.weight", "I32", 64), tensor="model.norm.weight", words=("I32",)),
 ]
 FILES = [
@@ -440,9 +424,7 @@ FILES = [
         ),
         words=("found",),
     ),
-    Case(
-        "two-names-one-range", FP8, header(lambda h: h.update(alias=dict(h["model.norm.weight"]))), words=("overlap",)
-    ),
+    Case("two-names-one-range", FP8, header(lambda h: h.update(alias=dict(h["model.norm.weight"]))), words=("overlap",)),
     Case("gap", FP8, header(lambda h: h.pop("model.norm.weight")), words=("found",)),
     Case(
         "bytes-do-not-fit-shape",
@@ -457,9 +439,7 @@ FILES = [
         header(lambda h: h["model.norm.weight"]["data_offsets"].reverse()),
         tensor="model.norm.weight",
     ),
-    Case(
-        "negative-shape", FP8, header(lambda h: h["model.norm.weight"].update(shape=[-64])), tensor="model.norm.weight"
-    ),
+    Case("negative-shape", FP8, header(lambda h: h["model.norm.weight"].update(shape=[-64])), tensor="model.norm.weight"),
     Case(
         "huge-shape",
         FP8,
@@ -512,15 +492,11 @@ FILES = [
     Case(
         "indexed-in-another-shard",
         SHARDED,
-        index(
-            lambda m: m.update({"lm_head.weight": next(f for f in sorted(set(m.values())) if f != m["lm_head.weight"])})
-        ),
+        index(lambda m: m.update({"lm_head.weight": next(f for f in sorted(set(m.values())) if f != m["lm_head.weight"])})),
         file="model-0000",
         tensor="lm_head.weight",
     ),
-    Case(
-        "tensor-not-in-index", SHARDED, orphan_in_shard, file="model-0000", tensor="model.norm.weight", words=("index",)
-    ),
+    Case("tensor-not-in-index", SHARDED, orphan_in_shard, file="model-0000", tensor="model.norm.weight", words=("index",)),
     Case(
         "tensor-in-two-shards",
         SHARDED,
@@ -533,9 +509,7 @@ FILES = [
         "index-with-duplicate-keys",
         SHARDED,
         content(
-            lambda b: b.replace(
-                b'"weight_map": {', b'"weight_map": {"lm_head.weight": "model-00001-of-00003.safetensors",'
-            ),
+            lambda b: b.replace(b'"weight_map": {', b'"weight_map": {"lm_head.weight": "model-00001-of-00003.safetensors",'),
             INDEX,
         ),
         file=INDEX,
@@ -612,9 +586,7 @@ NAMES = [
         put("model.layers.0.mlp.extra.weight", raw("BF16", np.ones(2))),
         tensor="model.layers.0.mlp.extra.weight",
     ),
-    Case(
-        "unknown-root", DENSE, put("transformer.h.0.weight", raw("BF16", np.ones(2))), tensor="transformer.h.0.weight"
-    ),
+    Case("unknown-root", DENSE, put("transformer.h.0.weight", raw("BF16", np.ones(2))), tensor="transformer.h.0.weight"),
     Case(
         "substring-of-a-known-name",
         DENSE,
@@ -717,9 +689,7 @@ PRODUCERS = [
     Case(
         "ct-transforms",
         CT_FP8,
-        config(
-            lambda c: c["quantization_config"].update(transform_config={"config_groups": {"R1": {"type": "hadamard"}}})
-        ),
+        config(lambda c: c["quantization_config"].update(transform_config={"config_groups": {"R1": {"type": "hadamard"}}})),
         file="config.json",
         words=("transform",),
     ),
@@ -824,9 +794,7 @@ PRODUCERS = [
         tensor=Q,
         words=("torchao",),
     ),
-    Case(
-        "nvfp4-svd-tensors", NVFP4, put(f"{Q}.svdquant_lora_a", raw("BF16", np.ones((4, 64)))), tensor=Q, words=("svd",)
-    ),
+    Case("nvfp4-svd-tensors", NVFP4, put(f"{Q}.svdquant_lora_a", raw("BF16", np.ones((4, 64)))), tensor=Q, words=("svd",)),
     *(
         Case(
             f"model_type-{kind}",
@@ -853,9 +821,7 @@ PRODUCERS = [
         file="config.json",
         words=("hidden_size",),
     ),
-    Case(
-        "quantization-config-is-text", DENSE, config(lambda c: c.update(quantization_config="fp8")), file="config.json"
-    ),
+    Case("quantization-config-is-text", DENSE, config(lambda c: c.update(quantization_config="fp8")), file="config.json"),
     # Nothing in the tensors decides between two configs that disagree on how inputs are quantised.
     Case(
         "two-configs-disagree-on-inputs",

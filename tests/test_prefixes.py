@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from build import PREFIXES, Raw, build, edit_tensors, read_json, read_tensors
 
 import convert
-from build import PREFIXES, Raw, build, edit_tensors, read_json, read_tensors
 from convert.families import FAMILIES
 from convert.names import canonical_name, repair_sentinel
 
@@ -141,9 +141,7 @@ def test_nul_sentinels(scheme: str, form: str, plain: Plain, tmp_path: Path) -> 
 
 
 def _config_files(form: str) -> list[str]:
-    return {"hf_quant": ["hf_quant_config.json"], "both": ["hf_quant_config.json", "config.json"]}.get(
-        form, ["config.json"]
-    )
+    return {"hf_quant": ["hf_quant_config.json"], "both": ["hf_quant_config.json", "config.json"]}.get(form, ["config.json"])
 
 
 @pytest.mark.parametrize(
@@ -152,9 +150,7 @@ def _config_files(form: str) -> list[str]:
     + [(producer, "Q1", "all", meta) for producer in PRODUCERS for meta in (False, True)]
     + [("modelopt", "Q2", "all", True), ("modelopt", "Q7-Q2", "some", True)],
 )  # fmt: skip
-def test_base_layer(
-    producer: str, prefix: str, base_layer: str, meta_base_layer: bool, plain: Plain, tmp_path: Path
-) -> None:
+def test_base_layer(producer: str, prefix: str, base_layer: str, meta_base_layer: bool, plain: Plain, tmp_path: Path) -> None:
     """`.base_layer.` in tensor names (weights, scales) and in the config goes away and is reported."""
     options = VLM | PRODUCERS[producer] | {"prefix": prefix}
     tensors, config = plain(**options)
@@ -217,6 +213,10 @@ NAMES = [
     ("model.lm_head_extra.weight", None),
     ("mtp_extra.fc.weight", None),
     ("transformer.h.0.weight", None),
+    # Known wrappers only.
+    ("transformer.layers.0.mlp.up_proj.weight", None),
+    ("model.encoder.layers.0.weight", None),
+    ("draft.lm_head.weight", None),
 ]
 
 

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from build import BLOCK, E4M3, RECIPES, Built, Sizes, build, per_row, read_json, read_tensors
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import convert
-from build import BLOCK, E4M3, RECIPES, Built, Sizes, build, per_row, read_json, read_tensors
 from convert.names import canonical_name
 from convert.ops import TRANSFORMS, Term, term_nbytes
 from runtime.format import DTYPE_BYTES, ModuleSpec, block_rows, module_tensors
@@ -160,6 +160,7 @@ def test_renaming_is_idempotent(segments: list[str]) -> None:
 def test_widening_and_reciprocals(dtype: str) -> None:
     """The converter's float rules against the builder's, on values of every exponent."""
     from build import raw
+
     from convert.apply import transform
 
     exponents = np.arange(-12, 13)

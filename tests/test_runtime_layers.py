@@ -150,15 +150,14 @@ def fake_quantized(x: np.ndarray, kind: str, s: float) -> np.ndarray:
             amax = np.abs(x if kind == "fp8_tensor" else block).max()
             if amax == 0:
                 continue
-            power = math.floor(math.log2(amax))
             if kind == "nvfp4":
                 scale = e4m3(np.array([f32(f32(amax / f32(6)) / f32(s))]))[0] * f32(s)
             elif kind == "fp8_static":
                 scale = f32(s)
-            elif kind == "fp8_group_e8m0":
+            elif kind in ("fp8_group_e8m0", "mxfp8"):
                 scale = f32(2.0 ** math.ceil(math.log2(float(amax) / 448)))
-            elif kind.startswith("mx"):
-                scale = f32(2.0 ** (power - (8 if kind == "mxfp8" else 2)))
+            elif kind == "mxfp4":
+                scale = f32(2.0 ** (math.floor(math.log2(float(amax) * 8 / 7)) - 2))
             else:
                 scale = f32(amax / f32(448))
             grid = e2m1 if kind in ("nvfp4", "mxfp4") else e4m3

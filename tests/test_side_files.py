@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from build import SIDE_FILES, Built, read_json, safetensors_bytes
 
 import convert
-from build import SIDE_FILES, Built, read_json, safetensors_bytes
 
 BASE = {"family": "qwen3", "dialect": "modelopt", "scheme": "fp8", "form": "both"}
 CARRIED = {
@@ -62,9 +62,7 @@ def report_of(out: Path) -> dict[str, Any]:
 def test_carried_byte_for_byte(source: Path, tmp_path: Path) -> None:
     """Tokenizer, chat template, processor and generation files, licence and model card are identical in OUT."""
     convert.convert_checkpoint(source, tmp_path / "out")
-    files = {
-        p.relative_to(tmp_path / "out").as_posix(): p.read_bytes() for p in (tmp_path / "out").rglob("*") if p.is_file()
-    }
+    files = {p.relative_to(tmp_path / "out").as_posix(): p.read_bytes() for p in (tmp_path / "out").rglob("*") if p.is_file()}
     assert {name: content for name, content in files.items() if name in CARRIED} == CARRIED
     ours = {"config.json", "conversion.json", "model.safetensors.index.json", "model-00001-of-00001.safetensors"}
     assert set(files) == {*CARRIED, *ours}
