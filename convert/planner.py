@@ -31,7 +31,7 @@ from .names import PEFT_LAYER, canonical_name
 from .ops import Step, Term, term_nbytes
 from .plan import Dropped, Plan
 from .recognise import INCOMPLETE, Recognised, Settled, disagreements, encodings_for, recognise, settle
-from .source import Source, TensorInfo, read_source
+from .source import MAX_LAYERS, Source, TensorInfo, read_source
 
 DEFAULT_SHARD_SIZE = 5_000_000_000
 QUANT_KEYS = ("quantization_config", "compression_config", "quantization")
@@ -163,8 +163,13 @@ class _Planner:
         config, present = self.source.config, {}
         roots = {name.partition(".")[0] for name in self.by_name}
         for part in self.family.parts:
-            counts = (look_up(c, p) for p in part.layer_count for c in (text_config(self.family, config), config))
-            declared = next((c for c in counts if isinstance(c, int)), None)
+            counts = [(p, look_up(c, p)) for p in part.layer_count for c in (text_config(self.family, config), config)]
+            key, declared = next(((p, c) for p, c in counts if isinstance(c, int)), ("", None))
+            if declared is not None and not 0 <= declared <= MAX_LAYERS:
+                self.problems.append(
+                    Problem("config.json", key, f"at most {MAX_LAYERS} layers", f"{declared}", "correct config.json")
+                )
+                declared = None
             if part.root not in roots:
                 if part.optional and declared and part.carried:
                     self.note(f"config.json declares {declared} layers of {part.root}.*, the files have none of it")
@@ -238,7 +243,7 @@ class _Planner:
             (
                 s.found.scheme,
                 s.settled.activations,
-                s.bias is None,
+                s.bias.dtype if s.bias is not None else "",
                 s.found.tensors["weight"][0].dtype if s.found.scheme == DENSE else "",
             )
             for s in parts
@@ -369,11 +374,6 @@ class _Planner:
             dtype = first.tensors[role][0].dtype if role == "pre_quant_scale" else expected.dtype
             check = CHECK_OF_ROLE.get(role) or CHECK_OF.get((spec.scheme, role), "")
             step = Step(f"{name}.{role}", dtype, expected.shape, tuple(terms), check)
-            sources = self.source.tensors
-            given = sum(
-                term_nbytes(t, sources[t.source].dtype, sources[t.source].end - sources[t.source].start) for t in terms
-            )
-            assert given == step.nbytes, (step, given)
             self.steps.append(step)
 
     def partitions_of(self, s: _Stored) -> list[tuple[str, int]]:
@@ -610,6 +610,16 @@ def _producer(source: Source) -> str:
     return f"transformers {version}" if version else "unknown"
 
 
+def _check_sizes(plan: Plan) -> None:
+    """Every step must fill its tensor exactly; anything else is a mistake of the planner, not of the checkpoint."""
+    for step in plan.steps:
+        infos = plan.source_of(step)
+        given = sum(
+            term_nbytes(t, i.dtype, i.end - i.start) for t, i in zip(step.terms, infos, strict=True)
+        )
+        assert given == step.nbytes, (step, infos)
+
+
 def plan_source(source: Source, shard_size: int = DEFAULT_SHARD_SIZE) -> Plan:
     """Plan the conversion of a source that has been read.
 
@@ -666,6 +676,7 @@ def plan_source(source: Source, shard_size: int = DEFAULT_SHARD_SIZE) -> Plan:
         repairs=planner.describe_repairs(),
         contradictions=planner.describe_contradictions(),
     )
+    _check_sizes(plan)
     plan.shards = _pack(plan.steps, shard_size)
     return plan
 

@@ -24,6 +24,7 @@ MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 MAX_METADATA_BYTES = 1_000_000
 MAX_NAME_LENGTH = 4096
 MAX_JSON_BYTES = 100_000_000
+MAX_LAYERS = 10_000  # of any part; the largest published model has 128
 MAX_SIDE_DEPTH = 4  # folders below the checkpoint that are searched for side files
 
 QUANT_FILE = "hf_quant_config.json"
@@ -181,10 +182,10 @@ def read_header(path: Path, file: str) -> list[TensorInfo]:
             _refuse(file, "", f"a safetensors header within {size} bytes", f"header length {length}", damaged)
         raw = stream.read(length)
     # Each tensor has one "data_offsets": when as many tensors are parsed, no key was given twice.  Only a header where the
-    # count differs pays for the slow check.
+    # count differs, or where an escape may hide one, pays for the slow check.
     header = parse_json(raw, file, duplicates_possible=False)
     metadata = header.pop("__metadata__", {})
-    if raw.count(b'"data_offsets"') != len(header):
+    if raw.count(b'"data_offsets"') != len(header) or b"\\" in raw:
         parse_json(raw, file)
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         _refuse(file, "__metadata__", "text values", "something else", damaged)

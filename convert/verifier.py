@@ -3,7 +3,7 @@
 Shares the rewrite of names and the families' tables with the planner, because those are facts; it shares no recipe, no
 encoding table and no transform.  It goes the other way round: it starts from every tensor that IN stores, works out from
 OUT's own config where its elements must be, and compares them there.  At the end every element of OUT must have been
-compared exactly once, and every tensor of IN used or listed as dropped.
+compared exactly once, and every tensor of IN used or listed as dropped.  Only `config.json` is compared with a fresh plan's.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import json
 import mmap
 import os
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,8 @@ from .executor import file_digest
 from .families import FAMILIES
 from .families.base import Parameter, Placed, expand
 from .names import canonical_name
-from .source import read_source
+from .planner import plan_source
+from .source import Source, read_source
 
 PIECE = 16 << 20  # bytes compared at a time
 
@@ -333,10 +334,31 @@ def verify_conversion(in_dir: str | os.PathLike[str], out_dir: str | os.PathLike
         copy = Path(out_dir) / relative
         if not copy.is_file() or file_digest(copy) != file_digest(path):
             verifier.problems.append(Problem(relative, "", "a byte-for-byte copy", "a difference", "convert again"))
+    verifier.problems += _config_problems(source, config)
     if verifier.problems:
         raise ConvertError(verifier.problems)
     total = sum(len(t.data) for t in verifier.target.values())
     return Verified(len(verifier.target), elements, total, len(source.side_files))
+
+
+def _config_problems(source: Source, config: CanonicalConfig) -> list[Problem]:
+    """Where OUT's config.json differs from what IN calls for: the same bytes under another config mean something else."""
+    expected, found = plan_source(source).config.to_json(), config.to_json()
+    problems = []
+    for path, want, have in _differences("", expected, found):
+        problems.append(
+            Problem(CONFIG_FILE, path, f"{want!r:.80}", f"{have!r:.80}", "OUT is not a conversion of IN: convert again")
+        )
+    return problems
+
+
+def _differences(path: str, expected: Any, found: Any) -> Iterator[tuple[str, Any, Any]]:
+    """(path, expected, found) of each difference between two JSON values."""
+    if isinstance(expected, dict) and isinstance(found, dict):
+        for key in (*expected, *(k for k in found if k not in expected)):
+            yield from _differences(f"{path}.{key}" if path else str(key), expected.get(key), found.get(key))
+    elif expected != found:
+        yield path, expected, found
 
 
 def _layers(prefix: str, layer_list: str, names: Mapping[str, Any]) -> int:

@@ -175,7 +175,7 @@ def write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n", "utf-8")
 
 
-def edit_tensors(directory: Path, change: Callable[[dict[str, Raw]], None]) -> None:
+def edit_tensors(directory: Path, change: Callable[[dict[str, Raw]], object]) -> None:
     """Let `change` alter the tensors of a single-file checkpoint in place."""
     path = directory / "model.safetensors"
     tensors = read_file(path)
@@ -183,7 +183,7 @@ def edit_tensors(directory: Path, change: Callable[[dict[str, Raw]], None]) -> N
     path.write_bytes(safetensors_bytes(tensors))
 
 
-def edit_json(path: Path, change: Callable[[Any], None]) -> None:
+def edit_json(path: Path, change: Callable[[Any], object]) -> None:
     """Let `change` alter a JSON file in place."""
     value = read_json(path)
     change(value)

@@ -102,7 +102,7 @@ def test_dry_run_json(make: Callable[..., Built], cli: Cli, tmp_path: Path) -> N
 def test_dry_run_still_refuses(make: Callable[..., Built], cli: Cli, tmp_path: Path) -> None:
     """A plan that cannot be made is an error with `--dry-run` too, also under `--json`."""
     built = make(**FP8)
-    edit_tensors(built.directory, lambda stored: stored.pop("model.norm.weight") and None)
+    edit_tensors(built.directory, lambda stored: stored.pop("model.norm.weight"))
     for more in ((), ("--json",)):
         ran = cli(built.directory, tmp_path / "out", "--dry-run", *more)
         assert ran.code == 1
@@ -131,7 +131,7 @@ def test_convert_json(make: Callable[..., Built], cli: Cli, tmp_path: Path) -> N
 def test_json_of_a_refusal(make: Callable[..., Built], cli: Cli, tmp_path: Path) -> None:
     """`--json` when refused: exit code 1, and the line is still on standard error."""
     built = make(**FP8)
-    edit_tensors(built.directory, lambda stored: stored.pop("model.norm.weight") and None)
+    edit_tensors(built.directory, lambda stored: stored.pop("model.norm.weight"))
     ran = cli(built.directory, tmp_path / "out", "--json")
     assert ran.code == 1
     assert "model.norm.weight" in ran.err

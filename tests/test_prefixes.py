@@ -15,7 +15,7 @@ from convert.families import FAMILIES
 from convert.names import canonical_name, repair_sentinel
 
 Plain = Callable[..., tuple[dict[str, Raw], dict[str, Any]]]
-MODELOPT = {"dialect": "modelopt", "scheme": "mixed"}
+MODELOPT: dict[str, Any] = {"dialect": "modelopt", "scheme": "mixed"}
 CT = {"dialect": "compressed-tensors", "scheme": "nvfp4"}
 HF = {"dialect": "fp8", "scheme": "block_bf16"}
 TEXT: dict[str, Any] = {"family": "qwen3_5", "mtp": True}

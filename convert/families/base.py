@@ -14,6 +14,7 @@ from runtime.format import DENSE_DTYPES
 
 from ..errors import ConvertError, Problem
 from ..names import NameSpace
+from ..source import MAX_LAYERS
 
 REQUIRED = object()  # a `Field` without a default
 Size = str | None  # key into the family's dimensions; None: any size (towers, which are carried as they are)
@@ -154,6 +155,14 @@ class Placed:
     part: Part
 
 
+KIND_NAMES = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", list: "a list", dict: "an object"}
+
+
+def _kind_name(kind: type | tuple[type, ...]) -> str:
+    kinds = kind if isinstance(kind, tuple) else (kind,)
+    return " or ".join(KIND_NAMES.get(k, k.__name__) for k in kinds)
+
+
 def look_up(config: Mapping[str, Any], path: str) -> Any:
     """The value at a dotted path of a config, or None when a step is missing (null counts as missing)."""
     value: Any = config
@@ -185,13 +194,18 @@ def resolve_architecture(family: Family, config: Mapping[str, Any]) -> dict[str,
             )
         elif value is not None and not isinstance(value, field.kind):
             problems.append(
-                Problem("config.json", field.paths[0], f"{field.kind}", f"{value!r:.60}", "correct the config")
+                Problem("config.json", field.paths[0], _kind_name(field.kind), f"{value!r:.60}", "correct the config")
             )
         elif isinstance(value, int) and not isinstance(value, bool) and not -1 <= value < 1 << 40:
             problems.append(
                 Problem("config.json", field.paths[0], "a sensible size", f"{value}", "correct the config")
             )
         architecture[field.name] = value
+    layers = architecture.get("num_hidden_layers")
+    if isinstance(layers, int) and layers > MAX_LAYERS:
+        problems.append(
+            Problem("config.json", "num_hidden_layers", f"at most {MAX_LAYERS}", f"{layers}", "correct config.json")
+        )
     if problems:
         raise ConvertError(problems)
     family.finish(architecture, config)
