@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from runtime.format import DTYPE_BYTES
+
 from .ops import CHECKS, TRANSFORMS
 
 
@@ -21,21 +23,26 @@ def e8m0_to_float32(data: bytes | memoryview) -> NDArray[np.float32]:
     return np.where(codes == 0, np.uint32(1 << 22), codes << 23).astype(np.uint32).view(np.float32)
 
 
-def transform(name: str, data: bytes, dtype: str) -> bytes:
-    """Apply one element-wise transform to a whole tensor's bytes.
+def transform(name: str, data: bytes, dtype: str, columns: int = 1) -> bytes:
+    """Apply one transform to a whole tensor's bytes, or to one row of its first axis.
 
-    "reciprocal" is IEEE division in float32, so the correctly rounded float32 nearest to 1 / x.
+    "reciprocal" is IEEE division in float32, so the correctly rounded float32 nearest to 1 / x.  `columns`: size of the last
+    axis, for the transforms that exchange the last two.
     """
     assert dtype in TRANSFORMS[name].inputs, (name, dtype)
     if name == "copy":
         return data
+    if name.startswith("transpose"):
+        values = np.frombuffer(data, np.dtype(f"V{DTYPE_BYTES[dtype]}")).reshape(-1, columns)
+        data = np.ascontiguousarray(values.T).tobytes()
+        return data if name == "transpose" else to_float32(data, dtype).tobytes()
     if name == "e8m0":
         return e8m0_to_float32(data).tobytes()
-    values = to_float32(data, dtype)
+    values32 = to_float32(data, dtype)
     if name == "reciprocal":
         with np.errstate(divide="ignore", over="ignore"):
-            values = np.float32(1) / values
-    return values.tobytes()
+            values32 = np.float32(1) / values32
+    return values32.tobytes()
 
 
 def find_fault(check: str, data: bytes | memoryview, dtype: str, name: str = "copy") -> str | None:

@@ -115,7 +115,7 @@ def check_values(plan: Plan, files: _Files) -> int:
         if not step.check or step.check in STREAMED_CHECKS:
             continue
         for term in step.terms:
-            info = plan.source.tensors[term.source]
+            info = plan.source.tensors[term.source].rows(term.rows)
             data = files.read(info)
             found = find_fault(step.check, data, info.dtype, term.transform)
             if found:
@@ -168,7 +168,7 @@ def _write_step(plan: Plan, step: Step, files: _Files, target: _Target) -> int:
     """Append one canonical tensor to `target`.  Returns the number of zero block scales in it."""
     zeros = 0
     for term in step.terms:
-        info = plan.source.tensors[term.source]
+        info = plan.source.tensors[term.source].rows(term.rows)
         if term.transform == "copy" and term.repeat == 1:
             if step.check in STREAMED_CHECKS:
                 for piece in files.pieces(info):
@@ -179,8 +179,15 @@ def _write_step(plan: Plan, step: Step, files: _Files, target: _Target) -> int:
                     target.write(piece)
             else:
                 target.copy_range(files, info)
-        else:
-            data = transform(term.transform, files.read(info), info.dtype)
+            continue
+        for part in info.split() if term.transform.startswith("transpose") else (info,):
+            data = files.read(part)
+            if step.check in STREAMED_CHECKS:
+                found = find_fault(step.check, data, info.dtype)
+                if found:
+                    raise _fault(info, step.check, found)
+                zeros += count_zeros(step.check, data, info.dtype)
+            data = transform(term.transform, data, info.dtype, info.shape[-1] if info.shape else 1)
             for _ in range(term.repeat):
                 target.write(data)
     return zeros

@@ -6,21 +6,21 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.format import CONFIG_FILE, INDEX_FILE, REPORT_FILE, CanonicalConfig, ModuleSpec
+from runtime.format import CONFIG_FILE, DTYPE_BYTES, INDEX_FILE, REPORT_FILE, CanonicalConfig, ModuleSpec
 
 from .apply import to_float32
 from .dequantize import dequantize_rows, to_bfloat16
 from .errors import ConvertError, MachineError, Problem, UsageError
 from .executor import write_json
 from .families import FAMILIES
-from .families.base import Family, Linear, expand, text_config
+from .families.base import Family, Linear, expand, open_items, text_config
 from .planner import DEFAULT_SHARD_SIZE
 from .safetensors_writer import header_bytes
 from .source import TensorInfo, read_header
@@ -32,7 +32,10 @@ ROWS_BYTES = 64 << 20  # float32 bytes of a weight that are in memory at a time
 
 @dataclass(frozen=True, slots=True)
 class _Output:
-    """One exported tensor: rows [start, stop) of a canonical module or tensor, under its hub name."""
+    """One exported tensor: rows [start, stop) of a canonical module or tensor, under its hub name.
+
+    The rows of a stack of experts are those of its first expert, then of its second, ...
+    """
 
     name: str
     dtype: str
@@ -43,11 +46,22 @@ class _Output:
     spec: ModuleSpec | None
 
     @property
-    def nbytes(self) -> int:
-        count = {"F32": 4, "BF16": 2, "F16": 2}[self.dtype]
+    def numel(self) -> int:
+        """Number of elements."""
+        count = 1
         for size in self.shape:
             count *= size
         return count
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return self.numel * DTYPE_BYTES[self.dtype]
+
+    @property
+    def width(self) -> int:
+        """Elements of one row."""
+        return self.numel // max(1, self.stop - self.start)
 
 
 class _Checkpoint:
@@ -72,14 +86,14 @@ class _Checkpoint:
         if output.spec is None:
             info = self.tensors[output.module]
             raw = self.raw(output.module)
-            row = len(raw) // info.shape[0]
+            row = output.width * DTYPE_BYTES[info.dtype]
             return to_float32(raw[first * row : last * row].tobytes(), info.dtype)
         roles = {}
         for role in ("weight", "weight_scale", "weight_scale_2"):
             info_ = self.tensors.get(f"{output.module}.{role}")
             if info_ is not None:
                 raw = self.raw(info_.name)
-                roles[role] = raw if info_.dtype == "F32" else raw.reshape(info_.shape)
+                roles[role] = raw if info_.dtype == "F32" else raw.reshape(-1, info_.shape[-1])
         values = dequantize_rows(output.spec, roles, first, last)
         if output.spec.pre_quant_scale:
             name = f"{output.module}.pre_quant_scale"
@@ -104,32 +118,63 @@ def _outputs(checkpoint: _Checkpoint, family: Family, dtype: str) -> Iterator[_O
         info = checkpoint.tensors[module]
         # Under bfloat16, an unquantised tensor keeps its stored dtype: rounding it would lose what the source had.
         kept = dtype if dtype == "F32" else info.dtype
-        return _Output(_hub_name(name, roots), kept, (stop - start, *info.shape[1:]), module, start, stop, None)
+        tail = info.shape[2:] if module in stacks else info.shape[1:]
+        return _Output(_hub_name(name, roots), kept, (stop - start, *tail), module, start, stop, None)
 
-    for placed in expand(family, config.architecture, counts):
+    names = [n for n in checkpoint.tensors if n.rpartition(".")[0] not in config.modules or n.endswith((".weight", ".bias"))]
+    placed_all = list(expand(family, config.architecture, counts))
+    for part in family.parts:
+        if part.open:
+            placed_all += open_items(part, names, lambda module: module in config.modules)
+    stacks = {f"{p.name}.weight" for p in placed_all if p.experts is not None}
+    stacks |= {f"{name}.weight" for p in placed_all if p.experts is not None for name, _ in p.shards}
+
+    def weight(name: str, module: str, start: int, rows: int) -> _Output:
+        info = checkpoint.tensors.get(f"{module}.weight")
+        if info is None:
+            raise ConvertError(
+                Problem(CONFIG_FILE, f"{module}.weight", "a tensor", "none", "the checkpoint is incomplete: convert again")
+            )
+        spec = config.modules.get(module)
+        rows = rows or info.shape[0]
+        if spec is None:
+            return dense(name, f"{module}.weight", start, start + rows)
+        return _Output(_hub_name(name, roots), dtype, (rows, spec.shape[1]), module, start, start + rows, spec.tall())
+
+    for placed in placed_all:
         if not isinstance(placed.item, Linear):
             if placed.name in checkpoint.tensors:
                 yield dense(placed.name, placed.name, 0, checkpoint.tensors[placed.name].shape[0])
             continue
+        apart = config.unfused.get(placed.name, ())
+        stacked = placed.item.export == "stacked" and not apart
+        if placed.experts is not None and stacked:
+            whole = weight(placed.name, placed.name, 0, 0)
+            rows = placed.experts * sum(n or 0 for _, partitions in placed.shards for _, n in partitions)
+            yield replace(whole, shape=(placed.experts, rows // placed.experts, placed.columns or 0), stop=rows)
+            continue
+        last = placed.name.rpartition(".")[2]
         row = 0
-        for shard, partitions in placed.shards:
-            module = shard if placed.name in config.unfused else placed.name
-            weight = checkpoint.tensors.get(f"{module}.weight")
-            if weight is None:
-                raise ConvertError(
-                    Problem(CONFIG_FILE, f"{module}.weight", "a tensor", "none", "the checkpoint is incomplete: convert again")
-                )
-            rows = weight.shape[0] if len(placed.shards) == 1 else sum(n or 0 for _, n in partitions)
-            start = 0 if placed.name in config.unfused else row
-            row += rows
-            spec = config.modules.get(module)
-            if spec is None:
-                yield dense(f"{shard}.weight", f"{module}.weight", start, start + rows)
-            else:
-                name = _hub_name(f"{shard}.weight", roots)
-                yield _Output(name, dtype, (rows, spec.shape[1]), module, start, start + rows, spec)
-            if f"{module}.bias" in checkpoint.tensors and placed.item.bias:
-                yield dense(f"{shard}.bias", f"{module}.bias", start, start + rows)
+        columns: dict[str, int] = dict.fromkeys((name for name, _ in placed.shards), 0)
+        for expert in range(placed.experts) if placed.experts is not None else (None,):
+            below = f"{placed.parent}." if placed.parent else ""
+            hub_below = below if expert is None else f"{below}{expert}."
+            inside = 0
+            for shard, partitions in placed.shards:
+                rows = sum(n or 0 for _, n in partitions)
+                short = shard.rpartition(".")[2]
+                if not apart:
+                    module, start = placed.name, row
+                elif short in apart:  # kept apart by projection
+                    module, start = f"{below}{short}", columns[shard]
+                elif f"{expert}.{last}" in apart:  # kept apart by expert
+                    module, start = f"{hub_below}{last}", inside
+                else:
+                    module, start = f"{hub_below}{short}", 0
+                row, inside, columns[shard] = row + rows, inside + rows, columns[shard] + rows
+                yield weight(f"{hub_below}{short}.weight", module, start, rows)
+                if f"{module}.bias" in checkpoint.tensors and placed.item.bias:
+                    yield dense(f"{shard}.bias", f"{module}.bias", start, start + rows)
 
 
 def _layer_count(prefix: str, layer_list: str, checkpoint: _Checkpoint) -> int:
@@ -143,10 +188,10 @@ def _write(path: Path, outputs: list[_Output], checkpoint: _Checkpoint) -> None:
     with path.open("wb") as target:
         target.write(header_bytes((o.name, o.dtype, o.shape, o.nbytes) for o in outputs))
         for output in outputs:
-            width = int(np.prod(output.shape[1:], dtype=np.int64)) if len(output.shape) > 1 else 1
-            step = max(1, ROWS_BYTES // (4 * max(1, width)))
-            for start in range(0, output.shape[0], step):
-                stop = min(start + step, output.shape[0])
+            rows = output.stop - output.start
+            step = max(1, ROWS_BYTES // (4 * max(1, output.width)))
+            for start in range(0, rows, step):
+                stop = min(start + step, rows)
                 values = np.ascontiguousarray(checkpoint.values(output, start, stop)).reshape(-1)
                 if output.dtype == "F32":
                     target.write(values.tobytes())

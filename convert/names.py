@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 PEFT_WRAPPER = "base_model"  # peft: `PeftModel.state_dict()` starts with base_model.model.
 PEFT_LAYER = "base_layer"  # peft: the wrapped weight of a LoRA layer; nested when one module is wrapped twice
@@ -26,10 +26,16 @@ _SENTINEL = re.compile(r"\.\x00.*?(\.?\*)?$", re.DOTALL)
 
 @dataclass(frozen=True, slots=True)
 class NameSpace:
-    """The roots of a family's parts.  `wrappers`: segments that may stand before one; `roots`: root -> canonical root."""
+    """The roots of a family's parts, and inner spellings that differ.
+
+    wrappers  segments that may stand before a root
+    roots     root -> canonical root
+    aliases   first segment of an inner run -> (run, canonical run): producers that call a path otherwise
+    """
 
     wrappers: frozenset[str]
     roots: Mapping[str, str]
+    aliases: Mapping[str, tuple[tuple[tuple[str, ...], tuple[str, ...]], ...]] = field(default_factory=dict)
 
 
 def repair_sentinel(name: str) -> str:
@@ -46,7 +52,34 @@ def canonical_name(name: str, space: NameSpace) -> str | None:
         root = space.roots.get(segment)
         if root is not None:
             rest = segments[position + 1 :]
+            if not space.aliases.keys().isdisjoint(rest):
+                rest = _canonical_runs(rest, space)
             return ".".join((root, *rest)) if rest else root
         if segment not in space.wrappers and segment != PEFT_WRAPPER:
             return None
     return None
+
+
+def _canonical_runs(segments: list[str], space: NameSpace) -> list[str]:
+    """Replace each run of segments that the family spells otherwise; the first alias that fits wins."""
+    result: list[str] = []
+    position = 0
+    while position < len(segments):
+        for run, canonical in space.aliases.get(segments[position], ()):
+            if tuple(segments[position : position + len(run)]) == run:
+                result += canonical
+                position += len(run)
+                break
+        else:
+            result.append(segments[position])
+            position += 1
+    return result
+
+
+def aliases(*pairs: tuple[str, str]) -> dict[str, tuple[tuple[tuple[str, ...], tuple[str, ...]], ...]]:
+    """The `aliases` of a `NameSpace` from dotted (spelling, canonical) pairs; longer spellings are tried first."""
+    table: dict[str, list[tuple[tuple[str, ...], tuple[str, ...]]]] = {}
+    for spelling, canonical in pairs:
+        run = tuple(spelling.split("."))
+        table.setdefault(run[0], []).append((run, tuple(canonical.split(".")) if canonical else ()))
+    return {first: tuple(sorted(runs, key=lambda r: -len(r[0]))) for first, runs in table.items()}

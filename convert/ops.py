@@ -7,7 +7,7 @@ a tuple shard its copy of one scale.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from runtime.format import DENSE_DTYPES, DTYPE_BYTES
@@ -27,6 +27,8 @@ TRANSFORMS: Mapping[str, Transform] = {
     "f32": Transform(DENSE_DTYPES, "F32", "widened to float32, exact"),
     "reciprocal": Transform(DENSE_DTYPES, "F32", "float32 nearest to 1 / x: a divisor becomes a multiplier"),
     "e8m0": Transform(("F8_E8M0", "U8"), "F32", "2 ** (byte - 127), exact"),
+    "transpose": Transform(tuple(DTYPE_BYTES), None, "the last two axes exchanged"),
+    "transpose_f32": Transform(DENSE_DTYPES, "F32", "the last two axes exchanged, then widened to float32"),
 }
 
 # What the values of a source tensor must satisfy.  Checked while they are read, before OUT exists.
@@ -43,11 +45,15 @@ CHECKS: Mapping[str, str] = {
 
 @dataclass(frozen=True, slots=True)
 class Term:
-    """One source tensor in a canonical one: `transform`, then `repeat` copies one after another."""
+    """One source tensor in a canonical one: `transform`, then `repeat` copies one after another.
+
+    `rows`: the range of the source's first axis that is taken, or None for all of it.
+    """
 
     source: str
     transform: str = "copy"
     repeat: int = 1
+    rows: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +75,27 @@ class Step:
         return count
 
 
-def term_nbytes(term: Term, dtype: str, nbytes: int) -> int:
-    """Bytes that a term contributes; `dtype` and `nbytes` are its source's."""
-    output = TRANSFORMS[term.transform].output or dtype
-    return nbytes // DTYPE_BYTES[dtype] * DTYPE_BYTES[output] * term.repeat
+def term_nbytes(term: Term, dtype: str, shape: tuple[int, ...]) -> int:
+    """Bytes that a term contributes; `dtype` and `shape` are its source's."""
+    count = DTYPE_BYTES[TRANSFORMS[term.transform].output or dtype] * term.repeat
+    for size in shape[1:] if term.rows else shape:
+        count *= size
+    return count * (term.rows[1] - term.rows[0]) if term.rows else count
+
+
+def coalesce(terms: Iterable[Term]) -> tuple[Term, ...]:
+    """Join neighbours that copy neighbouring rows of one source: slices of a stack become one range again."""
+    joined: list[Term] = []
+    for term in terms:
+        last = joined[-1] if joined else None
+        if (
+            last is not None
+            and last.rows is not None
+            and term.rows is not None
+            and last.rows[1] == term.rows[0]
+            and (last.source, last.transform, last.repeat, term.repeat) == (term.source, term.transform, 1, 1)
+        ):
+            joined[-1] = Term(term.source, term.transform, 1, (last.rows[0], term.rows[1]))
+        else:
+            joined.append(term)
+    return tuple(joined)

@@ -18,6 +18,7 @@ ACTIONS: Mapping[str, str] = {
     "reshape": "same bytes, canonical shape (0-d scalars become vectors)",
     "fuse": "rows of several projections one after another",
     "expand": "one scale given to each partition that it covers",
+    "transpose": "input-major experts turned to output-major",
     "widen": "scales widened to float32, exact",
     "reciprocal": "divisors replaced by float32 multipliers",
 }
@@ -63,6 +64,8 @@ class Plan:
             return "reciprocal"
         if any(t.repeat > 1 for t in step.terms):
             return "expand"
+        if any(t.transform.startswith("transpose") for t in step.terms):
+            return "transpose"
         if len(step.terms) > 1:
             return "fuse"
         if first.dtype != step.dtype and step.terms[0].transform != "copy":
@@ -95,7 +98,8 @@ class Plan:
                     "action": self.action(s),
                     "check": s.check,
                     "terms": [
-                        {"source": t.source, "transform": t.transform, "repeat": t.repeat} for t in s.terms
+                        {"source": t.source, "transform": t.transform, "repeat": t.repeat, "rows": t.rows}
+                        for t in s.terms
                     ],
                 }
                 for s in self.steps

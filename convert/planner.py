@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from runtime.format import (
@@ -22,15 +22,27 @@ from runtime.format import (
     module_tensors,
 )
 
-from .dialects import find_configs, refused
-from .dialects.base import DENSE, SCALAR, Claim, Module, Rules
+from .dialects import DIALECTS, find_configs, refused
+from .dialects.base import DENSE, SCALAR, Encoding, Module, Rules
 from .errors import ConvertError, Problem
 from .families import detect_family
-from .families.base import Family, Linear, Parameter, Part, Placed, expand, look_up, resolve_architecture, text_config
+from .families.base import (
+    Family,
+    Linear,
+    Parameter,
+    Part,
+    Placed,
+    expand,
+    joined_names,
+    look_up,
+    open_items,
+    resolve_architecture,
+    text_config,
+)
 from .names import PEFT_LAYER, canonical_name
-from .ops import Step, Term, term_nbytes
+from .ops import Step, Term, coalesce, term_nbytes
 from .plan import Dropped, Plan
-from .recognise import INCOMPLETE, Recognised, Settled, disagreements, encodings_for, recognise, settle
+from .recognise import INCOMPLETE, Recognised, Settled, Stack, disagreements, encodings_for, recognise, settle
 from .source import MAX_LAYERS, Source, TensorInfo, read_source
 
 DEFAULT_SHARD_SIZE = 5_000_000_000
@@ -51,6 +63,9 @@ CHECK_OF: Mapping[tuple[str, str], str] = {
     ("mxfp4", "weight_scale"): "e8m0_scale",
 }
 CHECK_OF_ROLE: Mapping[str, str] = {"input_scale": "scale", "pre_quant_scale": "scale"}
+
+Shards = tuple[str, tuple[tuple[str, int | None], ...]]  # name of a stored projection, its partitions
+SUFFIXES = frozenset(t.suffix for d in DIALECTS for e in d.encodings for t in e.tensors)
 
 # How KV-cache scales are spelt, relative to the attention module -> the canonical scales that the tensor stands for.
 KV_SPELLINGS: Mapping[str, tuple[str, ...]] = {
@@ -76,8 +91,37 @@ class _Stored:
     partitions: tuple[tuple[str, int], ...]
     found: Recognised
     settled: Settled
-    claims: list[tuple[Rules, Claim]]
     bias: TensorInfo | None = None
+    expert: int | None = None  # which expert of a stored stack this is
+    transposed: bool = False
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        """What projections must have in common to be stored as one."""
+        return (
+            self.found.scheme,
+            self.settled.activations or "",
+            self.bias.dtype if self.bias is not None else "",
+            self.found.tensors["weight"][0].dtype if self.found.scheme == DENSE else "",
+        )
+
+    @property
+    def own_input(self) -> bool:
+        """Whether it multiplies its input by factors of its own."""
+        return "pre_quant_scale" in self.found.tensors
+
+    def term(self, role: str, partitions: int) -> Term:
+        """The term that this projection contributes to the canonical tensor of a role."""
+        info, stored = self.found.tensors[role]
+        transform = stored.transform
+        if self.expert is not None and info.shape not in ((), (1,)):
+            rows = (self.expert, self.expert + 1)
+            if self.transposed and len(info.shape) == 3:
+                transform = {"copy": "transpose", "f32": "transpose_f32"}[transform]
+            repeat = partitions if stored.shapes == SCALAR and _numel(info) == info.shape[0] else 1
+            return Term(info.name, transform, repeat, rows)
+        scalar = stored.shapes == SCALAR and info.shape in ((), (1,))
+        return Term(info.name, transform, partitions if scalar else 1)
 
 
 @dataclass(slots=True)
@@ -98,6 +142,10 @@ class _Planner:
     repairs: list[str] = field(default_factory=list)
     disagreements: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
     statics: list[tuple[str, str, _Stored]] = field(default_factory=list)
+    joined: dict[str, tuple[str, str]] = field(default_factory=dict)
+    encodings: list[Encoding] = field(default_factory=list)
+    orientations: dict[str, bool] = field(default_factory=dict)
+    recognised: dict[Any, Recognised] = field(default_factory=dict)
     files_near: dict[str, str] = field(default_factory=dict)
     spelling_of_root: dict[str, str] = field(default_factory=dict)
 
@@ -112,12 +160,16 @@ class _Planner:
                 expected = f"a tensor of {self.family.name} (below {roots})"
                 self.problem(info, expected, "an unknown name", "remove it, or convert with a version that knows it")
                 continue
+            module, _, suffix = name.rpartition(".")
+            if suffix in self.joined and module.endswith(".experts"):
+                last, suffix = self.joined[suffix]
+                module = f"{module}.{last}"
+                name = f"{module}.{suffix}"
             twin = self.by_name.setdefault(name, info)
             if twin is not info:
                 found = f"two: also {twin.name} in {twin.file}"
                 self.problem(info, f"one source for {name}", found, "remove the one that is stale")
                 continue
-            module, _, suffix = name.rpartition(".")
             self.by_module[module][suffix] = info
 
     def problem(self, info: TensorInfo, expected: str, found: str, remedy: str) -> None:
@@ -209,6 +261,15 @@ class _Planner:
         """A contradiction between the config and the files that concerns no single module."""
         self.disagreements.setdefault(line, [])
 
+    def open_parts(self, present: Mapping[str, int]) -> list[Placed]:
+        """The modules and tensors of the parts that have no table."""
+
+        def quantised(module: str) -> bool:
+            return len(SUFFIXES & self.by_module[module].keys()) > 1 if module in self.by_module else False
+
+        parts = [p for p in self.family.parts if p.open and p.root in present]
+        return [placed for part in parts for placed in open_items(part, list(self.by_name), quantised)]
+
     # -- modules ----------------------------------------------------------------------------------------------------
 
     def parameter(self, placed: Placed, item: Parameter) -> None:
@@ -231,33 +292,116 @@ class _Planner:
 
     def linear(self, placed: Placed, item: Linear) -> None:
         """Plan a linear: gather its stored projections, then emit it fused, or separately where schemes differ."""
-        shards = list(placed.shards)
-        whole = item.whole and len(shards) > 1 and {"weight", "weight_packed"} & set(self.by_module.get(placed.name, ()))
-        if whole:  # the source is fused already
-            shards = [(placed.name, tuple(p for _, partitions in shards for p in partitions))]
+        shards = self.stored_shards(placed, item, "")
         stored = [self.shard(placed, item, name, partitions) for name, partitions in shards]
-        if any(s is None for s in stored):
-            return
         parts = [s for s in stored if s is not None]
-        keys = {
-            (
-                s.found.scheme,
-                s.settled.activations,
-                s.bias.dtype if s.bias is not None else "",
-                s.found.tensors["weight"][0].dtype if s.found.scheme == DENSE else "",
-            )
-            for s in parts
-        }
-        own_input = len(parts) > 1 and any("pre_quant_scale" in s.found.tensors for s in parts)
-        if len(keys) == 1 and not own_input:
+        if len(parts) < len(stored):
+            return
+        if len({s.key for s in parts}) == 1 and not (len(parts) > 1 and any(s.own_input for s in parts)):
             self.emit(placed.name, parts)
         else:
             self.unfused[placed.name] = tuple(s.name.rpartition(".")[2] for s in parts)
             for s in parts:
                 self.emit(s.name, [s])
 
+    def stored_shards(self, placed: Placed, item: Linear, expert: str) -> list[Shards]:
+        """Names and partitions of the projections as this source stores them: apart, or fused already.
+
+        `expert`: index of an expert that is stored one by one, as the segment before the projection.
+        """
+        below = f"{placed.parent}.{expert}." if expert else f"{placed.parent}." if placed.parent else ""
+        shards = [(below + name.rpartition(".")[2], partitions) for name, partitions in placed.shards]
+        whole = below + placed.name.rpartition(".")[2]
+        present = self.by_module.get(whole, {})
+        if item.whole and len(shards) > 1 and not present.keys().isdisjoint(("weight", "weight_packed")):
+            return [(whole, tuple(p for _, partitions in shards for p in partitions))]
+        return shards
+
+    def experts(self, placed: Placed, item: Linear, siblings: Sequence[Placed]) -> None:
+        """Plan a stack of experts from any stored layout: one by one, stacked by projection, or stacked and fused.
+
+        `siblings`: all stacks of the same layer, which together show the orientation of stacked tensors.
+        """
+        count = placed.experts or 0
+        one_by_one = any(f"{placed.parent}.{e}.{n.rpartition('.')[2]}" in self.by_module
+                         for e in range(min(count, 8)) for n, _ in (*placed.shards, (placed.name, ())))  # fmt: skip
+        rows: list[list[_Stored]] = []  # [expert][projection]
+        complete = True
+        if one_by_one:
+            for expert in range(count):
+                shards = self.stored_shards(placed, item, str(expert))
+                one = [self.shard(placed, item, name, partitions) for name, partitions in shards]
+                complete = complete and None not in one
+                rows.append([s for s in one if s is not None])
+        else:
+            transposed = self.orientation(placed.parent, siblings)
+            shards = self.stored_shards(placed, item, "")
+            stack = Stack(count, transposed)
+            found = [self.shard(placed, item, name, partitions, stack) for name, partitions in shards]
+            complete = None not in found
+            stacked = [s for s in found if s is not None]
+            rows = [[replace(s, expert=e, transposed=transposed) for s in stacked] for e in range(count)]
+        if not complete or not rows:
+            return
+        flat = [s for row in rows for s in row]
+        own_input = len(rows[0]) > 1 and any(s.own_input for s in flat)
+        same_layout = len({len(row) for row in rows}) == 1
+        if same_layout and len({s.key for s in flat}) == 1 and not own_input:
+            self.emit(placed.name, flat, experts=count)
+            return
+        columns = list(zip(*rows, strict=True)) if same_layout else []
+        if len(columns) > 1 and all(len({s.key for s in column}) == 1 for column in columns):
+            names = [shard.name for shard in item.shards]
+            self.unfused[placed.name] = tuple(names)
+            for name, column in zip(names, columns, strict=True):
+                self.emit(f"{placed.parent}.{name}", column, experts=count)
+            return
+        apart: list[str] = []
+        for expert, row in enumerate(rows):
+            fits = len({s.key for s in row}) == 1 and not (len(row) > 1 and any(s.own_input for s in row))
+            groups = [(placed.name.rpartition(".")[2], row)] if fits else [(s.name.rpartition(".")[2], [s]) for s in row]
+            for name, group in groups:
+                apart.append(f"{expert}.{name}")
+                self.emit(f"{placed.parent}.{expert}.{name}", group)
+        self.unfused[placed.name] = tuple(apart)
+
+    def orientation(self, parent: str, siblings: Sequence[Placed]) -> bool:
+        """Whether the stacked experts below `parent` are stored input-major (`[E, K, N]`).
+
+        Decided from all stacked weights of the layer and the config's sizes together: one square tensor decides nothing.
+        """
+        if parent in self.orientations:
+            return self.orientations[parent]
+        possible = {False, True}
+        square: TensorInfo | None = None
+        for placed in siblings:
+            assert isinstance(placed.item, Linear)
+            for name, partitions in self.stored_shards(placed, placed.item, ""):
+                stored = self.by_module.get(name, {})
+                info = stored.get("weight") or stored.get("weight_packed")
+                if info is None or len(info.shape) != 3 or placed.columns is None:
+                    continue
+                n, k = sum(r or 0 for _, r in partitions), placed.columns
+                k //= 2 if info.dtype == "U8" else 1
+                fits = {t for t in (False, True) if info.shape[1:] == ((k, n) if t else (n, k))}
+                if len(fits) == 2:
+                    square = info
+                possible &= fits or possible  # a shape that fits neither is reported when it is recognised
+        if len(possible) == 2 and square is not None:
+            self.problem(
+                square, "experts whose orientation sizes can show", f"square ones, {list(square.shape)}",
+                "store the experts one by one",
+            )  # fmt: skip
+        self.orientations[parent] = possible == {True}
+        return self.orientations[parent]
+
     def shard(
-        self, placed: Placed, item: Linear, name: str, partitions: tuple[tuple[str, int | None], ...]
+        self,
+        placed: Placed,
+        item: Linear,
+        name: str,
+        partitions: tuple[tuple[str, int | None], ...],
+        stack: Stack | None = None,
     ) -> _Stored | None:
         """Recognise one stored projection and settle it with the configs.  None when there is a problem."""
         rows = [r for _, r in partitions]
@@ -271,14 +415,13 @@ class _Planner:
             self.missing(f"{name}.weight", f"a weight of {list(shape)}" if shape else "a weight")
             return None
         first = next(iter(tensors.values()))
-        canonical = name
         spelling = first.name.rpartition(".")[0]
-        hub = self.family.hub_roots[0].get(canonical.partition(".")[0], "")
-        spellings = (spelling, f"{hub}.{canonical.partition('.')[2]}", f"language_model.{canonical}")
-        module = Module(canonical, spellings, placed.name, item.linear and placed.name != "lm_head")
+        hub = self.family.hub_roots[0].get(name.partition(".")[0], "")
+        spellings = (spelling, f"{hub}.{name.partition('.')[2]}", f"language_model.{name}")
+        module = Module(name, spellings, placed.name, item.linear and placed.name != "lm_head")
         claims = [(r, r.claim(module)) for r in self.rules]
         claimed = next((c.scheme for _, c in claims), None)
-        found = recognise(tensors, shape, len(partitions), encodings_for(self.rules), claimed)
+        found = self.recognise(tensors, shape, len(partitions), claimed, stack)
         if isinstance(found, list):
             self.problems += self.explain(tensors, found)
             return None
@@ -287,9 +430,9 @@ class _Planner:
             self.disagreements[line].append(spelling)
         sized = tuple((p, found.shape[0] if r is None else r) for p, r in partitions)
         if found.scheme == DENSE:
-            return _Stored(name, sized, found, Settled(None, False, None), claims, bias)
+            return _Stored(name, sized, found, Settled(None, False, None), bias)
         settled = settle(found, claims)
-        result = _Stored(name, sized, found, settled, claims, bias)
+        result = _Stored(name, sized, found, settled, bias)
         if settled.conflict:
             a, b = settled.conflict
             self.problem(first, "configs that agree", f"{a}, but {b}; the tensors fit both", "remove the wrong config")
@@ -304,6 +447,25 @@ class _Planner:
             info = found.tensors["input_scale"][0]
             self.dropped.append(Dropped(info.name, "weight-only module: its config says that inputs are not quantised"))
         return result
+
+    def recognise(
+        self,
+        tensors: Mapping[str, TensorInfo],
+        shape: tuple[int, int] | None,
+        partitions: int,
+        claimed: str | None,
+        stack: Stack | None,
+    ) -> Recognised | list[Problem]:
+        """`recognise.recognise`, remembering the answer: thousands of experts look alike."""
+        look = tuple(sorted((suffix, i.dtype, i.shape) for suffix, i in tensors.items()))
+        known = self.recognised.get((look, shape, partitions, claimed, stack))
+        if known is not None:
+            roles = {role: (tensors[s.suffix], s) for role, (_, s) in known.tensors.items()}
+            return Recognised(known.scheme, known.shape, roles, known.encoding)
+        found = recognise(tensors, shape, partitions, self.encodings, claimed, stack)
+        if isinstance(found, Recognised):
+            self.recognised[(look, shape, partitions, claimed, stack)] = found
+        return found
 
     def explain(self, tensors: Mapping[str, TensorInfo], problems: list[Problem]) -> list[Problem]:
         """Replace the problems of a module in a format that is known and not supported by one that names it."""
@@ -337,24 +499,25 @@ class _Planner:
         """A flag of the text config."""
         return text_config(self.family, self.source.config).get(key)
 
-    def emit(self, name: str, parts: Sequence[_Stored]) -> None:
-        """Write down the canonical tensors of one module, fused from `parts` in order."""
+    def emit(self, name: str, parts: Sequence[_Stored], experts: int | None = None) -> None:
+        """Write down the canonical tensors of one module, fused from `parts` in order.
+
+        `experts`: the module is a stack, and `parts` are the projections of the first expert, then of the second, ...
+        """
         first = parts[0].found
+        own = parts[: len(parts) // experts] if experts else parts
+        lead = (experts,) if experts else ()
         if any(s.bias for s in parts):
             infos = [s.bias for s in parts if s.bias is not None]
             rows = sum(i.shape[0] for i in infos)
             self.steps.append(Step(f"{name}.bias", infos[0].dtype, (rows,), tuple(Term(i.name) for i in infos)))
         if first.scheme == DENSE:
-            weights = [s.found.tensors["weight"][0] for s in parts]
-            shape = (sum(s.found.shape[0] for s in parts), first.shape[1])
-            self.steps.append(Step(f"{name}.weight", weights[0].dtype, shape, tuple(Term(w.name) for w in weights)))
+            shape = (*lead, sum(s.found.shape[0] for s in own), first.shape[1])
+            terms = coalesce(s.term("weight", 1) for s in parts)
+            self.steps.append(Step(f"{name}.weight", first.tensors["weight"][0].dtype, shape, terms))
             return
-        partitions: list[tuple[str, int]] = []
-        counts: list[int] = []
-        for s in parts:
-            own = self.partitions_of(s)
-            partitions += own
-            counts.append(len(own))
+        partitions = [p for s in own for p in self.partitions_of(s)]
+        counts = [len(self.partitions_of(s)) for s in own]
         if len(partitions) == 1:
             partitions = [("", partitions[0][1])]
         spec = ModuleSpec(
@@ -363,18 +526,14 @@ class _Planner:
             partitions=tuple(partitions),
             activations=parts[0].settled.activations,
             pre_quant_scale="pre_quant_scale" in first.tensors,
+            experts=experts,
         )
         self.modules[name] = spec
         for role, expected in module_tensors(spec).items():
-            terms = []
-            for s, count in zip(parts, counts, strict=True):
-                info, stored = s.found.tensors[role]
-                scalar = stored.shapes == SCALAR and info.shape in ((), (1,))
-                terms.append(Term(info.name, stored.transform, count if scalar else 1))
+            terms = coalesce(s.term(role, counts[i % len(own)]) for i, s in enumerate(parts))
             dtype = first.tensors[role][0].dtype if role == "pre_quant_scale" else expected.dtype
             check = CHECK_OF_ROLE.get(role) or CHECK_OF.get((spec.scheme, role), "")
-            step = Step(f"{name}.{role}", dtype, expected.shape, tuple(terms), check)
-            self.steps.append(step)
+            self.steps.append(Step(f"{name}.{role}", dtype, expected.shape, terms, check))
 
     def partitions_of(self, s: _Stored) -> list[tuple[str, int]]:
         """Partitions that a stored projection contributes.
@@ -614,9 +773,7 @@ def _check_sizes(plan: Plan) -> None:
     """Every step must fill its tensor exactly; anything else is a mistake of the planner, not of the checkpoint."""
     for step in plan.steps:
         infos = plan.source_of(step)
-        given = sum(
-            term_nbytes(t, i.dtype, i.end - i.start) for t, i in zip(step.terms, infos, strict=True)
-        )
+        given = sum(term_nbytes(t, i.dtype, i.shape) for t, i in zip(step.terms, infos, strict=True))
         assert given == step.nbytes, (step, infos)
 
 
@@ -629,13 +786,16 @@ def plan_source(source: Source, shard_size: int = DEFAULT_SHARD_SIZE) -> Plan:
     _refuse_foreign(source)
     family = detect_family(source.config)
     rules = [config.dialect.read(config.block, config.where, family.names) for config in configs]
-    planner = _Planner(source, family, rules)
+    planner = _Planner(source, family, rules, joined=joined_names(family, SUFFIXES), encodings=encodings_for(rules))
     architecture = resolve_architecture(family, source.config)
     planner.index_names()
     present = planner.present_parts(architecture)
     attention: dict[str, list[str]] = defaultdict(list)
-    placed = list(expand(family, architecture, present))
+    placed = [*expand(family, architecture, present), *planner.open_parts(present)]
+    stacks: dict[str, list[Placed]] = defaultdict(list)
     for place in placed:
+        if place.experts is not None:
+            stacks[place.parent].append(place)
         if place.name.endswith(f".{family.attention}"):
             attention[place.part.root].append(place.parent)
     for part in family.parts:
@@ -645,7 +805,10 @@ def plan_source(source: Source, shard_size: int = DEFAULT_SHARD_SIZE) -> Plan:
         if isinstance(place.item, Parameter):
             planner.parameter(place, place.item)
         else:
-            planner.linear(place, place.item)
+            if place.experts is None:
+                planner.linear(place, place.item)
+            else:
+                planner.experts(place, place.item, stacks[place.parent])
             if place.parent in planner.kv_cache and place.name.endswith(f".{family.attention}"):
                 planner.steps += [s for n, s in kv_steps.items() if n.rpartition(".")[0] == place.parent]
     planner.check_static_scales()

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from runtime.format import ACTIVATIONS, FP8_BLOCK, MX_GROUP, NVFP4_GROUP, ceil_div
 
 from .dialects import DENSE_ENCODING, DIALECTS
-from .dialects.base import DENSE, Claim, Encoding, Rules, Stored
+from .dialects.base import DENSE, SCALAR, Claim, Encoding, Rules, Stored
 from .errors import Problem
 from .source import TensorInfo
 
@@ -62,8 +62,27 @@ def _shapes(stored: Stored, sizes: Mapping[str, int | None]) -> list[tuple[int, 
     return [shape for shape in resolved if None not in shape]  # type: ignore[misc]
 
 
-def _fault(stored: Stored, info: TensorInfo, sizes: Mapping[str, int | None]) -> Problem | None:
+@dataclass(frozen=True, slots=True)
+class Stack:
+    """How a stack of experts is stored: the number of experts, and whether the last two axes are exchanged."""
+
+    experts: int
+    transposed: bool = False
+
+    def shapes(self, stored: Stored, shapes: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
+        """The stacked forms of the shapes of one expert; a scalar may also stand for all experts."""
+        stacked = [
+            (self.experts, *(shape[::-1] if self.transposed and len(shape) == 2 else shape)) for shape in shapes
+        ]
+        return stacked + [s for s in shapes if s in ((), (1,))] if stored.shapes == SCALAR else stacked
+
+
+def _fault(
+    stored: Stored, info: TensorInfo, sizes: Mapping[str, int | None], stack: Stack | None
+) -> Problem | None:
     shapes = _shapes(stored, sizes)
+    if stack is not None:
+        shapes = stack.shapes(stored, shapes)
     if info.dtype in stored.dtypes and info.shape in shapes:
         return None
     rules = " or ".join(str(list(s)) for s in shapes) or f"{list(stored.shapes[0])}, with K divisible"
@@ -87,7 +106,11 @@ def _sibling(tensors: Mapping[str, TensorInfo], suffix: str) -> tuple[str, str]:
 
 
 def _complaints(
-    encoding: Encoding, tensors: Mapping[str, TensorInfo], shape: tuple[int, int], partitions: int
+    encoding: Encoding,
+    tensors: Mapping[str, TensorInfo],
+    shape: tuple[int, int],
+    partitions: int,
+    stack: Stack | None,
 ) -> list[Problem]:
     """Everything that keeps `tensors` from being this encoding; empty when they are."""
     sizes = _sizes(*shape, partitions)
@@ -96,7 +119,7 @@ def _complaints(
     for stored in encoding.tensors:
         info = tensors.get(stored.suffix)
         if info is not None:
-            fault = _fault(stored, info, sizes)
+            fault = _fault(stored, info, sizes, stack)
             if fault:
                 problems.append(fault)
         elif not stored.optional:
@@ -131,12 +154,14 @@ def recognise(
     partitions: int,
     encodings: Iterable[Encoding],
     claimed: str | None,
+    stack: Stack | None = None,
 ) -> Recognised | list[Problem]:
     """Find the encoding that a module's tensors fit.
 
     `tensors`: suffix -> tensor, not empty; `shape`: logical (N, K), or None when any size will do; `partitions`: how many
     the stored projection covers; `claimed`: the scheme that the config names, which breaks ties between equal readings and
-    chooses what a damaged module is measured against.  Returns the problems of the closest encoding when none fits.
+    chooses what a damaged module is measured against; `stack`: the tensors are a stack of experts.  Returns the problems of
+    the closest encoding when none fits.
     """
     best: list[Problem] = []
     rank = (1 << 30, True)
@@ -148,7 +173,7 @@ def recognise(
         size = shape or _infer(weight, encoding.weight)
         if size is None:
             continue
-        problems = _complaints(encoding, tensors, size, partitions)
+        problems = _complaints(encoding, tensors, size, partitions, stack)
         if not problems:
             roles = {s.role: (tensors[s.suffix], s) for s in encoding.tensors if s.suffix in tensors}
             found = Recognised(encoding.scheme, size, roles, encoding)

@@ -10,7 +10,7 @@ import json
 import os
 import stat
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -55,6 +55,22 @@ class TensorInfo:
     file: str
     start: int
     end: int
+
+    def rows(self, span: tuple[int, int] | None) -> TensorInfo:
+        """Rows [start, stop) of the first axis as a tensor of its own; the whole for None."""
+        if span is None:
+            return self
+        size = (self.end - self.start) // self.shape[0]
+        begin, end = self.start + span[0] * size, self.start + span[1] * size
+        return TensorInfo(self.name, self.dtype, (span[1] - span[0], *self.shape[1:]), self.file, begin, end)
+
+    def split(self) -> Iterator[TensorInfo]:
+        """Each row of the first axis of a tensor with three axes; a tensor with two as it is."""
+        if len(self.shape) < 3:
+            yield self
+            return
+        for row in range(self.shape[0]):
+            yield self.rows((row, row + 1))
 
 
 @dataclass(frozen=True, slots=True)

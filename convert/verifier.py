@@ -12,7 +12,7 @@ import json
 import mmap
 import os
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ from runtime.format import (
 from .errors import ConvertError, Problem, UsageError
 from .executor import file_digest
 from .families import FAMILIES
-from .families.base import Parameter, Placed, expand
+from .families.base import Parameter, Placed, expand, joined_names
 from .names import canonical_name
 from .planner import plan_source
 from .source import Source, read_source
@@ -78,10 +78,26 @@ class _Tensor:
     def raw(self) -> NDArray[np.uint8]:
         return np.frombuffer(self.data, np.uint8)
 
-    def rows(self, start: int, stop: int) -> NDArray[np.uint8]:
-        """Bytes of rows [start, stop) of the first axis."""
-        row = len(self.data) // self.shape[0] if self.shape else len(self.data)
+    def rows(self, start: int, stop: int, axes: int) -> NDArray[np.uint8]:
+        """Bytes of rows [start, stop) of the tensor with all but its last `axes - 1` axes taken as one."""
+        count = 1
+        for size in self.shape[: max(1, len(self.shape) - axes + 1)]:
+            count *= size
+        row = len(self.data) // max(1, count)
         return self.raw()[start * row : stop * row]
+
+    def expert(self, index: int, transposed: bool) -> _Tensor:
+        """One expert of a stack, output-major; a value for all experts as it is."""
+        if self.shape in ((), (1,)):
+            return self
+        size = len(self.data) // self.shape[0]
+        data = self.data[index * size : (index + 1) * size]
+        shape = self.shape[1:]
+        if transposed and len(shape) == 2:
+            width = size // (shape[0] * shape[1])
+            cells = np.frombuffer(data, np.dtype(f"V{width}")).reshape(shape)
+            data, shape = memoryview(np.ascontiguousarray(cells.T).tobytes()), shape[::-1]
+        return _Tensor(self.file, self.dtype, shape, data)
 
     def float64(self) -> NDArray[np.float64]:
         """Values, flattened.  Exact for every dtype that scales have."""
@@ -148,11 +164,50 @@ def read_canonical(out_dir: str | os.PathLike[str]) -> tuple[CanonicalConfig, li
 class _Verifier:
     config: CanonicalConfig
     source: dict[str, _Tensor]
+    names: dict[str, str]  # canonical name -> name in IN
     target: dict[str, _Tensor]
     compared: dict[str, int] = field(default_factory=lambda: defaultdict(int))
     problems: list[Problem] = field(default_factory=list)
     # stored module -> (module in OUT, first row in it)
     owner: dict[str, tuple[str, int]] = field(default_factory=dict)
+    rows_of: dict[str, int] = field(default_factory=dict)
+
+    def measure(self) -> None:
+        """Rows of each stored projection."""
+        for name, tensor in self.source.items():
+            module, _, suffix = name.rpartition(".")
+            if suffix in ("weight", "weight_packed") and tensor.shape:
+                self.rows_of[module] = tensor.shape[0]
+
+    def unstack(self, stacks: Sequence[Placed]) -> None:
+        """Replace the stacked experts of a layer by one view for each expert, under the names they would have one by one."""
+        stored: list[tuple[Placed, str, dict[str, _Tensor]]] = []
+        input_major = False
+        for placed in stacks:
+            for module, rows in self.stacked_modules(placed):
+                tensors = {s: self.source[f"{module}.{s}"] for s in ROLES if f"{module}.{s}" in self.source}
+                weight = tensors.get("weight") or tensors.get("weight_packed")
+                if weight is None or len(weight.shape) != 3:
+                    continue
+                columns = (placed.columns or 0) // (2 if weight.dtype == "U8" else 1)
+                # One stack that only fits with its axes exchanged shows it for all stacks of the layer.
+                input_major = input_major or weight.shape[1:] == (columns, rows) != (rows, columns)
+                stored.append((placed, module, tensors))
+        for placed, module, tensors in stored:
+            parent, _, last = module.rpartition(".")
+            for suffix, tensor in tensors.items():
+                del self.source[f"{module}.{suffix}"]
+                for expert in range(placed.experts or 0):
+                    name = f"{parent}.{expert}.{last}.{suffix}"
+                    self.source[name] = tensor.expert(expert, input_major)
+                    self.names[name] = self.names[f"{module}.{suffix}"]
+
+    def stacked_modules(self, placed: Placed) -> Iterator[tuple[str, int]]:
+        """Modules that may hold the stack in IN, each with the rows of one expert."""
+        yield placed.name, sum(rows or 0 for _, partitions in placed.shards for _, rows in partitions)
+        for name, partitions in placed.shards:
+            if name != placed.name:
+                yield name, sum(rows or 0 for _, rows in partitions)
 
     def wrong(self, name: str, expected: str, found: str) -> None:
         """Note one difference."""
@@ -168,20 +223,38 @@ class _Verifier:
                 if found is None or (role != "pre_quant_scale" and shape != (expected.dtype, expected.shape)):
                     self.wrong(f"{module}.{role}", f"{expected.dtype} {list(expected.shape)}", str(shape))
 
-    def place(self, placed: Placed, rows_of: Mapping[str, int]) -> None:
-        """Work out which rows of which module in OUT each stored projection fills."""
-        shards = [name for name, _ in placed.shards]
-        if placed.name in rows_of and placed.name not in shards:
-            shards = [placed.name]  # fused in the source already
+    def place(self, placed: Placed) -> None:
+        """Work out which rows of which module in OUT each stored projection fills.
+
+        A stack of experts is read as one tall module: the rows of its second expert follow those of its first.
+        """
+        rows_of = self.rows_of
+        apart = self.config.unfused.get(placed.name, ())
         row = 0
-        for shard in shards:
-            if shard not in rows_of:
-                continue
-            if placed.name in self.config.unfused:
-                self.owner[shard] = (shard, 0)
-            else:
-                self.owner[shard] = (placed.name, row)
-                row += rows_of[shard]
+        column_rows: dict[str, int] = defaultdict(int)
+        for expert in range(placed.experts) if placed.experts is not None else (None,):
+            below = f"{placed.parent}." if placed.parent else ""
+            below += f"{expert}." if expert is not None else ""
+            shards = [below + name.rpartition(".")[2] for name, _ in placed.shards]
+            whole = below + placed.name.rpartition(".")[2]
+            if whole in rows_of and whole not in shards:
+                shards = [whole]  # fused in the source already
+            for shard in shards:
+                if shard not in rows_of:
+                    continue
+                last = shard.rpartition(".")[2]
+                if not apart:
+                    self.owner[shard] = (placed.name, row)
+                    row += rows_of[shard]
+                elif last in apart:  # kept apart by projection: a module, or a stack of its own
+                    module = f"{placed.parent}.{last}" if placed.parent else last
+                    self.owner[shard] = (module, column_rows[last])
+                    column_rows[last] += rows_of[shard]
+                else:  # kept apart by expert
+                    fused = f"{expert}.{placed.name.rpartition('.')[2]}" in apart
+                    module = below + (placed.name.rpartition(".")[2] if fused else last)
+                    self.owner[shard] = (module, column_rows[module] if fused else 0)
+                    column_rows[module] += rows_of[shard]
 
     def same_bytes(self, name: str, ours: NDArray[np.uint8], theirs: _Tensor, element_bytes: int) -> None:
         """Compare a range of OUT with a whole tensor of IN."""
@@ -216,7 +289,8 @@ class _Verifier:
             return self.kv_scale(canonical, stored)
         (role, divides), (out_module, row) = ROLES[suffix], self.owner[module]
         name = f"{out_module}.{role}"
-        spec = self.config.modules.get(out_module)
+        entry = self.config.modules.get(out_module)
+        spec = entry.tall() if entry else None
         if name not in self.target:
             return False
         ours = self.target[name]
@@ -225,12 +299,12 @@ class _Verifier:
                 self.same_bytes(name, ours.raw(), stored, element_bytes)
             else:
                 count = stored.shape[0] if stored.shape else 1
-                self.same_bytes(name, ours.rows(row, row + count), stored, element_bytes)
+                self.same_bytes(name, ours.rows(row, row + count, 2), stored, element_bytes)
             return True
         values = stored.float64() if stored.dtype != "U8" else np.exp2(stored.raw().astype(np.float64) - 127)
         if divides:
             values = 1 / values  # float64 division, then one rounding: equals the correctly rounded float32 reciprocal
-        rows = self.source_rows(module)
+        rows = self.rows_of[module]
         if role == "weight_scale" and spec.scheme == "fp8_channel":
             self.same_values(name, row, row + rows, values)
         elif role == "weight_scale" and spec.scheme == "fp8_block":
@@ -241,10 +315,6 @@ class _Verifier:
             start, stop = _partition_span(spec, row, rows)
             self.same_values(name, start, stop, np.broadcast_to(values, (stop - start,)))
         return True
-
-    def source_rows(self, module: str) -> int:
-        """Rows of a stored projection."""
-        return next(self.source[n].shape[0] for n in (f"{module}.weight", f"{module}.weight_packed") if n in self.source)
 
     def kv_scale(self, canonical: str, stored: _Tensor) -> bool:
         """Compare a KV-cache scale, wherever below its attention module it was stored."""
@@ -293,20 +363,29 @@ def verify_conversion(in_dir: str | os.PathLike[str], out_dir: str | os.PathLike
     source = read_source(in_dir)
     stored: dict[str, _Tensor] = {}
     names: dict[str, str] = {}
+    joined = joined_names(family, ROLES)
     for name, tensor in _open(source.directory, list(source.files)).items():
         canonical = canonical_name(name, family.names) or name
+        module, _, suffix = canonical.rpartition(".")
+        if suffix in joined and module.endswith(".experts"):
+            canonical = ".".join((module, *joined[suffix]))
         stored[canonical], names[canonical] = tensor, name
-    verifier = _Verifier(config, stored, _open(Path(out_dir), files))
-    rows_of = {}
-    for name, tensor in stored.items():
-        module, _, suffix = name.rpartition(".")
-        if suffix in ("weight", "weight_packed") and tensor.shape:
-            rows_of[module] = tensor.shape[0]
+    verifier = _Verifier(config, stored, names, _open(Path(out_dir), files))
     roots = {name.partition(".")[0] for name in verifier.target}
     layers = {part.root: _layers(part.prefix, part.layer_list, stored) for part in family.parts if part.root in roots}
-    for placed in expand(family, config.architecture, layers):
-        if not isinstance(placed.item, Parameter):
-            verifier.place(placed, rows_of)
+    for name in config.modules:
+        if config.is_carried(name):
+            verifier.owner[name] = (name, 0)  # a tower's module: one projection, in the same place
+    linears = [p for p in expand(family, config.architecture, layers) if not isinstance(p.item, Parameter)]
+    stacks: dict[str, list[Placed]] = defaultdict(list)
+    for placed in linears:
+        if placed.experts is not None:
+            stacks[placed.parent].append(placed)
+    for group in stacks.values():
+        verifier.unstack(group)
+    verifier.measure()
+    for placed in linears:
+        verifier.place(placed)
     verifier.contract()
     report = json.loads((Path(out_dir) / REPORT_FILE).read_bytes()) if (Path(out_dir) / REPORT_FILE).exists() else {}
     dropped = {d["tensor"] for d in report.get("dropped", [])}

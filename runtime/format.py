@@ -2,7 +2,7 @@
 
 Standard library only.  `docs/format.md` is the same contract in prose.
 
-Letters in shapes: N out features, K in features, P partitions of a fused module.  Every scale multiplies:
+Letters in shapes: N out features, K in features, P partitions of a fused module, E experts of a stack.  Every scale multiplies:
 `value = code * scale`.  No scale is 0-d.  The exact dequantised value of a module is, in float32 and in this order:
 
     fp8_tensor   f32(weight) * weight_scale[p]
@@ -18,7 +18,7 @@ where `p` is the partition that row `n` belongs to.  A module with `pre_quant_sc
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 FORMAT = "qconvert"
@@ -70,7 +70,8 @@ class ModuleSpec:
 
     `shape`: logical (N, K).  `partitions`: ordered (name, rows) pairs of a fused module; a module that is not fused
     has the single partition ("", N).  `activations`: a key of `ACTIVATIONS`, or None for full-precision input.
-    `pre_quant_scale`: the module stores an input multiplier `[K]`.
+    `pre_quant_scale`: the module stores an input multiplier `[K]`.  `experts`: E when the module is a stack of experts, whose
+    tensors all have E as their first axis; shape and partitions are those of one expert.
     """
 
     scheme: str
@@ -78,6 +79,7 @@ class ModuleSpec:
     partitions: tuple[tuple[str, int], ...]
     activations: str | None = None
     pre_quant_scale: bool = False
+    experts: int | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The entry of `config.json`; single partitions and absent options are left out."""
@@ -86,7 +88,14 @@ class ModuleSpec:
             entry["partitions"] = [list(p) for p in self.partitions]
         if self.pre_quant_scale:
             entry["pre_quant_scale"] = True
+        if self.experts is not None:
+            entry["experts"] = self.experts
         return entry
+
+    def tall(self) -> ModuleSpec:
+        """A stack of experts read as one tall module `[E * N, K]` whose partitions repeat: the same bytes in the same order."""
+        count = self.experts or 1
+        return replace(self, shape=(count * self.shape[0], self.shape[1]), partitions=self.partitions * count, experts=None)
 
     @classmethod
     def from_json(cls, name: str, entry: Mapping[str, Any]) -> ModuleSpec:
@@ -94,7 +103,9 @@ class ModuleSpec:
         try:
             shape = (int(entry["shape"][0]), int(entry["shape"][1]))
             partitions = tuple((str(p), int(n)) for p, n in entry.get("partitions", [["", shape[0]]]))
-            spec = cls(entry["scheme"], shape, partitions, entry["activations"], bool(entry.get("pre_quant_scale")))
+            experts = int(entry["experts"]) if "experts" in entry else None
+            pre_quant_scale = bool(entry.get("pre_quant_scale"))
+            spec = cls(entry["scheme"], shape, partitions, entry["activations"], pre_quant_scale, experts)
         except (KeyError, TypeError, ValueError, IndexError) as error:
             raise FormatError(f"{CONFIG_FILE}: quantization.modules.{name}: malformed entry ({error!r})") from None
         if spec.scheme not in SCHEMES:
@@ -185,7 +196,9 @@ def module_tensors(spec: ModuleSpec) -> dict[str, TensorSpec]:
         tensors["input_scale"] = TensorSpec("F32", (len(spec.partitions),))
     if spec.pre_quant_scale:
         tensors["pre_quant_scale"] = TensorSpec("BF16", (spec.shape[1],))
-    return tensors
+    if spec.experts is None:
+        return tensors
+    return {role: TensorSpec(t.dtype, (spec.experts, *t.shape)) for role, t in tensors.items()}
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,10 +6,16 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..errors import ConvertError, Problem
-from . import qwen3, qwen3_5
+from . import qwen3, qwen3_5, qwen3_moe
 from .base import Family, text_config
 
-FAMILIES: tuple[Family, ...] = (qwen3.FAMILY, qwen3_5.FAMILY)
+FAMILIES: tuple[Family, ...] = (
+    qwen3.FAMILY,
+    qwen3_5.FAMILY,
+    qwen3_5.MOE_FAMILY,
+    qwen3_moe.FAMILY,
+    qwen3_moe.VL_FAMILY,
+)
 
 # model_type -> why it is not taken for a family that it looks like
 REFUSED_MODEL_TYPES: Mapping[str, str] = {

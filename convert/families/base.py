@@ -6,7 +6,7 @@ architecture.  Source names need no table of their own: `convert.names` brings e
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,6 +48,10 @@ class Linear:
     whole    whether a source may hold the fused module itself (engines' dumps), in exactly this order
     bias     architecture flag that says whether it has a bias; "?" when it may have one
     linear   whether the class name "Linear" of a config covers it (not so for embeddings)
+    experts  size of the stack that it is one of, "" for a single linear.  A source may hold its experts one by one
+             (`<parent>.<e>.<shard>`), stacked by projection (`<parent>.<shard>`), or stacked and fused
+    stacks   spellings of the stacked and fused tensor, beside `name` itself, as last segments ("w13")
+    export   how `export` writes a stack: "stacked" and fused, or one by one ("each")
     """
 
     name: str
@@ -56,6 +60,9 @@ class Linear:
     whole: bool = True
     bias: str | None = None
     linear: bool = True
+    experts: str = ""
+    stacks: tuple[str, ...] = ()
+    export: str = "each"
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +93,21 @@ def fused(name: str, columns: Size, *shards: tuple[str, tuple[tuple[str, Size], 
     return Linear(name, columns, tuple(Shard(*shard) for shard in shards), **options)
 
 
+def experts(parent: str, count: Size, inner: Size, hidden: Size, *, export: str = "each") -> tuple[Linear, Linear]:
+    """The gated experts of a layer: gate and up fused, and down, each a stack."""
+    assert count is not None
+    return (
+        fused(
+            f"{parent}.gate_up_proj", hidden, ("gate_proj", (("gate", inner),)), ("up_proj", (("up", inner),)),
+            experts=count, stacks=("w13",), export=export,
+        ),
+        Linear(
+            f"{parent}.down_proj", inner, (Shard("down_proj", (("", hidden),)),),
+            experts=count, stacks=("w2",), export=export,
+        ),
+    )  # fmt: skip
+
+
 @dataclass(frozen=True, slots=True)
 class Part:
     """A part of the model that is present or absent as a whole: the trunk, the head, an MTP head, a tower.
@@ -97,6 +119,7 @@ class Part:
     layer_types  architecture key of the list of layer types; without it all layers are of the one type there is
     layer_count  paths in the text config or the whole config that hold the number of layers, when it has its own
     optional     the model may lack it.   carried   stored for others: a text runtime does not need it
+    open         no table: whatever is stored below the root is carried under its own name (towers of other models)
     """
 
     root: str
@@ -109,6 +132,12 @@ class Part:
     layer_count: tuple[str, ...] = ()
     optional: bool = False
     carried: bool = False
+    open: bool = False
+
+
+def tower(root: str) -> Part:
+    """A tower or projector that is carried as it is, quantised or not."""
+    return Part(root, prefix=root, optional=True, carried=True, open=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,6 +182,7 @@ class Placed:
     shards: tuple[tuple[str, tuple[tuple[str, int | None], ...]], ...]
     shape: tuple[int | None, ...] | None
     part: Part
+    experts: int | None = None
 
 
 KIND_NAMES = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", list: "a list", dict: "an object"}
@@ -171,6 +201,27 @@ def look_up(config: Mapping[str, Any], path: str) -> Any:
             return None
         value = value[key]
     return value
+
+
+def joined_names(family: Family, suffixes: Iterable[str]) -> dict[str, tuple[str, str]]:
+    """Last segments that hold a module's name and a suffix in one, as stacked experts do -> (module, suffix).
+
+    `experts.gate_up_proj` is a weight, `experts.gate_up_proj_weight_scale` and `experts.w13_weight_scale` are its scales.
+    Source: transformers 5.23 (fused experts), vLLM 0.33 (w13, w2), nvidia-modelopt 0.47 (underscored scales).
+    """
+    table: dict[str, tuple[str, str]] = {}
+    for part in family.parts:
+        groups = [part.first, part.last, *(part.layers or {}).values()]
+        for item in (i for group in groups for i in group):
+            if not isinstance(item, Linear) or not item.experts:
+                continue
+            module = item.name.rpartition(".")[2]
+            stems = {module: module, **dict.fromkeys(item.stacks, module), **{s.name: s.name for s in item.shards}}
+            for stem, target in stems.items():
+                table[stem] = (target, "weight")
+                table.update({f"{stem}_{suffix}": (target, suffix) for suffix in suffixes})
+                table[f"{stem}_scale_inv"] = (target, "weight_scale_inv")
+    return table
 
 
 def text_config(family: Family, config: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -225,7 +276,27 @@ def _place(item: Item, prefix: str, sizes: Mapping[str, int], part: Part) -> Pla
         (f"{parent}.{s.name}" if parent else s.name, tuple((p, size(rows)) for p, rows in s.partitions))
         for s in item.shards
     )
-    return Placed(name, parent, item, size(item.columns), shards, None, part)
+    count = sizes[item.experts] if item.experts else None
+    return Placed(name, parent, item, size(item.columns), shards, None, part, count)
+
+
+def open_items(part: Part, names: Iterable[str], quantised: Callable[[str], bool]) -> Iterator[Placed]:
+    """The modules and tensors of an open part, from the names stored below its root.
+
+    `quantised`: whether a module's weight has scales; it is then a linear, and its other tensors are parameters.
+    """
+    seen: set[str] = set()
+    for name in names:
+        module, _, suffix = name.rpartition(".")
+        if name.partition(".")[0] != part.root:
+            continue
+        if quantised(module) and suffix != "bias":
+            if module not in seen:
+                seen.add(module)
+                yield Placed(module, module.rpartition(".")[0], linear(module, None, None), None,
+                             ((module, (("", None),)),), None, part)  # fmt: skip
+        else:
+            yield Placed(name, module, Parameter(name, None), None, (), None, part)
 
 
 def expand(family: Family, architecture: Mapping[str, Any], present: Mapping[str, int]) -> Iterator[Placed]:
@@ -235,7 +306,7 @@ def expand(family: Family, architecture: Mapping[str, Any], present: Mapping[str
     """
     sizes = family.dimensions(architecture)
     for part in family.parts:
-        if part.root not in present:
+        if part.root not in present or part.open:
             continue
         prefix = f"{part.prefix}." if part.prefix else ""
         for item in part.first:

@@ -6,10 +6,23 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..errors import ConvertError, Problem
-from ..names import NameSpace
+from ..names import NameSpace, aliases
 from .base import Family, Field, Parameter, Part, embedding, fused, linear
 
 WRAPPERS = frozenset({"model", "language_model"})
+
+ROOTS: Mapping[str, str] = {
+    "embed_tokens": "model.embed_tokens",
+    "layers": "model.layers",
+    "norm": "model.norm",
+    "lm_head": "lm_head",
+}
+
+ROUTED_EXPERTS = aliases(
+    ("experts.routed_experts", "experts"),  # vLLM 0.33 keeps the routed ones apart from the shared
+    ("experts.w13", "experts.gate_up_proj"),
+    ("experts.w2", "experts.down_proj"),
+)
 
 # Facts that every decoder of the Qwen line has.
 DECODER_FIELDS = (
@@ -85,19 +98,25 @@ def normalise_decoder(architecture: dict[str, Any], config: Mapping[str, Any], l
     architecture["head"] = "tied" if config.get("tie_word_embeddings") else "separate"
 
 
-def _finish(architecture: dict[str, Any], config: Mapping[str, Any]) -> None:
-    sliding = config.get("use_sliding_window")
+def finish_attention(architecture: dict[str, Any], config: Mapping[str, Any], text: Mapping[str, Any]) -> None:
+    """Layer types and window of attention, from the text config; then what all decoders share."""
+    sliding = text.get("use_sliding_window")
     if architecture["layer_types"] is None:
-        first = config.get("max_window_layers") if sliding else None
+        first = text.get("max_window_layers") if sliding else None
         count = architecture["num_hidden_layers"]
         architecture["layer_types"] = [
             "sliding_attention" if first is not None and i >= first else "full_attention" for i in range(count)
         ]
-    architecture["sliding_window"] = config.get("sliding_window") if sliding else None
+    architecture["sliding_window"] = text.get("sliding_window") if sliding else None
     normalise_decoder(architecture, config, ("full_attention", "sliding_attention"))
 
 
-def _dimensions(a: Mapping[str, Any]) -> dict[str, int]:
+def _finish(architecture: dict[str, Any], config: Mapping[str, Any]) -> None:
+    finish_attention(architecture, config, config)
+
+
+def dimensions(a: Mapping[str, Any]) -> dict[str, int]:
+    """Sizes of a decoder with plain attention."""
     return {
         "vocab": a["vocab_size"],
         "hidden": a["hidden_size"],
@@ -113,18 +132,10 @@ FAMILY = Family(
     name="qwen3",
     model_types=("qwen3",),
     text_keys=(),
-    names=NameSpace(
-        WRAPPERS,
-        {
-            "embed_tokens": "model.embed_tokens",
-            "layers": "model.layers",
-            "norm": "model.norm",
-            "lm_head": "lm_head",
-        },
-    ),
+    names=NameSpace(WRAPPERS, ROOTS),
     fields=DECODER_FIELDS,
     finish=_finish,
-    dimensions=_dimensions,
+    dimensions=dimensions,
     parts=(
         Part(
             "model",

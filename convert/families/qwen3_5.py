@@ -1,13 +1,14 @@
-"""Qwen3.5 and Qwen3.6 dense: text model, vision-language wrapper, MTP head.  Source: transformers 5.23.0, run."""
+"""Qwen3.5 and Qwen3.6, dense and MoE: text model, vision-language wrapper, MTP head.  Source: transformers 5.23.0, run."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from ..errors import ConvertError, Problem
 from ..names import NameSpace
-from .base import Family, Field, Item, Linear, Parameter, Part, fused, linear
+from .base import Family, Field, Item, Linear, Parameter, Part, experts, fused, linear
 from .qwen3 import (
     DECODER_FIELDS,
     EMBEDDING,
@@ -16,6 +17,8 @@ from .qwen3 import (
     MLP,
     NORM,
     POST_NORM,
+    ROOTS,
+    ROUTED_EXPERTS,
     WRAPPERS,
     normalise_decoder,
 )
@@ -37,7 +40,7 @@ FIELDS = (
     Field("mtp_num_hidden_layers", ("mtp_num_hidden_layers",), default=0, kind=int),
 )  # fmt: skip
 
-FULL_ATTENTION: tuple[Item, ...] = (
+FULL_MIXER: tuple[Item, ...] = (
     INPUT_NORM,
     fused(  # q holds, per head, D rows of query and then D rows of output gate
         "self_attn.qkv_proj", "hidden",
@@ -48,9 +51,8 @@ FULL_ATTENTION: tuple[Item, ...] = (
     Parameter("self_attn.k_norm.weight", ("head",)),
     linear("self_attn.o_proj", "hidden", "attention", bias="attention_bias"),
     POST_NORM,
-    *MLP,
 )  # fmt: skip
-LINEAR_ATTENTION: tuple[Item, ...] = (
+LINEAR_MIXER: tuple[Item, ...] = (
     INPUT_NORM,
     fused(  # one stored projection, and so one scale, for three partitions.  A stored `in_proj_qkvz` is not taken: Qwen3-Next
         # uses the same name for rows that are interleaved per key head.
@@ -68,8 +70,22 @@ LINEAR_ATTENTION: tuple[Item, ...] = (
     Parameter("linear_attn.norm.weight", ("lin_value_head",)),
     linear("linear_attn.out_proj", "hidden", "lin_value"),
     POST_NORM,
-    *MLP,
 )  # fmt: skip
+MOE: tuple[Item, ...] = (
+    linear("mlp.gate", "experts", "hidden"),
+    *experts("mlp.experts", "experts", "moe_inter", "hidden", export="stacked"),
+    fused(
+        "mlp.shared_expert.gate_up_proj", "hidden",
+        ("gate_proj", (("gate", "shared_inter"),)), ("up_proj", (("up", "shared_inter"),)),
+    ),
+    linear("mlp.shared_expert.down_proj", "hidden", "shared_inter"),
+    linear("mlp.shared_expert_gate", "one", "hidden"),
+)  # fmt: skip
+
+
+def layers(feed_forward: tuple[Item, ...]) -> dict[str, tuple[Item, ...]]:
+    """Layer type -> items, for a feed-forward that is dense or a mixture of experts."""
+    return {"full_attention": (*FULL_MIXER, *feed_forward), "linear_attention": (*LINEAR_MIXER, *feed_forward)}
 
 
 def tower_linear(name: str) -> tuple[Linear, Parameter]:
@@ -106,20 +122,42 @@ VISION = Part(
     optional=True,
     carried=True,
 )
-MTP = Part(
-    "mtp",
-    prefix="mtp",
-    first=(
-        linear("fc", "hidden", "two_hidden"),
-        Parameter("pre_fc_norm_embedding.weight", ("hidden",)),
-        Parameter("pre_fc_norm_hidden.weight", ("hidden",)),
-    ),
-    layers={"full_attention": FULL_ATTENTION},
-    layer_count=("mtp_num_hidden_layers",),
-    last=(Parameter("norm.weight", ("hidden",)), Parameter("embed_tokens.weight", ("vocab", "hidden"), optional=True)),
-    optional=True,
-    carried=True,
-)
+
+
+def mtp(feed_forward: tuple[Item, ...]) -> Part:
+    """The head that drafts the next token: full-attention layers of the model's own kind."""
+    return Part(
+        "mtp",
+        prefix="mtp",
+        first=(
+            linear("fc", "hidden", "two_hidden"),
+            Parameter("pre_fc_norm_embedding.weight", ("hidden",)),
+            Parameter("pre_fc_norm_hidden.weight", ("hidden",)),
+        ),
+        layers={"full_attention": layers(feed_forward)["full_attention"]},
+        layer_count=("mtp_num_hidden_layers",),
+        last=(
+            Parameter("norm.weight", ("hidden",)),
+            Parameter("embed_tokens.weight", ("vocab", "hidden"), optional=True),
+        ),
+        optional=True,
+        carried=True,
+    )
+
+
+def trunk(feed_forward: tuple[Item, ...]) -> Part:
+    """Embedding, layers and final norm."""
+    return Part(
+        "model",
+        prefix="model",
+        first=(EMBEDDING,),
+        layers=layers(feed_forward),
+        layer_types="layer_types",
+        last=(NORM,),
+    )
+
+
+PART_ROOTS = {**ROOTS, "visual": "visual", "mtp": "mtp"}
 
 
 def _finish(architecture: dict[str, Any], config: Mapping[str, Any]) -> None:
@@ -160,37 +198,25 @@ def _dimensions(a: Mapping[str, Any]) -> dict[str, int]:
     }
 
 
+def _moe_dimensions(a: Mapping[str, Any]) -> dict[str, int]:
+    return {
+        **_dimensions({**a, "intermediate_size": 0}),
+        "experts": a["num_experts"],
+        "moe_inter": a["moe_intermediate_size"],
+        "shared_inter": a["shared_expert_intermediate_size"],
+        "one": 1,
+    }
+
+
 FAMILY = Family(
     name="qwen3_5",
     model_types=("qwen3_5", "qwen3_5_text"),
     text_keys=("text_config",),
-    names=NameSpace(
-        WRAPPERS,
-        {
-            "embed_tokens": "model.embed_tokens",
-            "layers": "model.layers",
-            "norm": "model.norm",
-            "lm_head": "lm_head",
-            "visual": "visual",
-            "mtp": "mtp",
-        },
-    ),
+    names=NameSpace(WRAPPERS, PART_ROOTS, ROUTED_EXPERTS),
     fields=FIELDS,
     finish=_finish,
     dimensions=_dimensions,
-    parts=(
-        Part(
-            "model",
-            prefix="model",
-            first=(EMBEDDING,),
-            layers={"full_attention": FULL_ATTENTION, "linear_attention": LINEAR_ATTENTION},
-            layer_types="layer_types",
-            last=(NORM,),
-        ),
-        HEAD,
-        MTP,
-        VISION,
-    ),
+    parts=(trunk(MLP), HEAD, mtp(MLP), VISION),
     attention="self_attn.qkv_proj",
     kv_heads="num_key_value_heads",
     bare=frozenset({"Qwen3_5Model", "Qwen3_5TextModel"}),
@@ -198,4 +224,20 @@ FAMILY = Family(
         {"model": "model.language_model", "lm_head": "lm_head", "mtp": "mtp", "visual": "model.visual"},
         {"model": "model", "lm_head": "lm_head", "mtp": "mtp", "visual": "model.visual"},
     ),
+)
+
+MOE_FAMILY = replace(
+    FAMILY,
+    name="qwen3_5_moe",
+    model_types=("qwen3_5_moe", "qwen3_5_moe_text"),
+    fields=(
+        *(f for f in FIELDS if f.name != "intermediate_size"),
+        Field("num_experts", ("num_experts", "num_local_experts"), kind=int),
+        Field("num_experts_per_tok", ("num_experts_per_tok",), kind=int),
+        Field("moe_intermediate_size", ("moe_intermediate_size",), kind=int),
+        Field("shared_expert_intermediate_size", ("shared_expert_intermediate_size",), kind=int),
+    ),
+    dimensions=_moe_dimensions,
+    parts=(trunk(MOE), HEAD, mtp(MOE), VISION),
+    bare=frozenset({"Qwen3_5MoeModel", "Qwen3_5MoeTextModel"}),
 )
