@@ -20,7 +20,7 @@ from .dequantize import dequantize_rows, to_bfloat16
 from .errors import ConvertError, MachineError, Problem, UsageError
 from .executor import write_json
 from .families import FAMILIES
-from .families.base import Family, Linear, expand, open_items, text_config
+from .families.base import Family, Linear, expand, hub_name, open_items, present_layers, text_config
 from .planner import DEFAULT_SHARD_SIZE
 from .safetensors_writer import header_bytes
 from .source import TensorInfo, read_header
@@ -101,25 +101,19 @@ class _Checkpoint:
         return values
 
 
-def _hub_name(name: str, roots: dict[str, str]) -> str:
-    root, dot, rest = name.partition(".")
-    return f"{roots[root]}{dot}{rest}"
-
-
 def _outputs(checkpoint: _Checkpoint, family: Family, dtype: str) -> Iterator[_Output]:
     """Every exported tensor, in the order of the model.  KV and input scales have no meaning in a dense checkpoint."""
     config = checkpoint.config
     wrapped = text_config(family, config.hf_config) is not config.hf_config
     roots = dict(family.hub_roots[0 if wrapped else 1])
-    present = {name.partition(".")[0] for name in checkpoint.tensors}
-    counts = {p.root: _layer_count(p.prefix, p.layer_list, checkpoint) for p in family.parts if p.root in present}
+    counts = present_layers(family, config.architecture, checkpoint.tensors)
 
     def dense(name: str, module: str, start: int, stop: int) -> _Output:
         info = checkpoint.tensors[module]
         # Under bfloat16, an unquantised tensor keeps its stored dtype: rounding it would lose what the source had.
         kept = dtype if dtype == "F32" else info.dtype
         tail = info.shape[2:] if module in stacks else info.shape[1:]
-        return _Output(_hub_name(name, roots), kept, (stop - start, *tail), module, start, stop, None)
+        return _Output(hub_name(name, roots), kept, (stop - start, *tail), module, start, stop, None)
 
     names = [n for n in checkpoint.tensors if n.rpartition(".")[0] not in config.modules or n.endswith((".weight", ".bias"))]
     placed_all = list(expand(family, config.architecture, counts))
@@ -139,7 +133,7 @@ def _outputs(checkpoint: _Checkpoint, family: Family, dtype: str) -> Iterator[_O
         rows = rows or info.shape[0]
         if spec is None:
             return dense(name, f"{module}.weight", start, start + rows)
-        return _Output(_hub_name(name, roots), dtype, (rows, spec.shape[1]), module, start, start + rows, spec.tall())
+        return _Output(hub_name(name, roots), dtype, (rows, spec.shape[1]), module, start, start + rows, spec.tall())
 
     for placed in placed_all:
         if not isinstance(placed.item, Linear):
@@ -175,13 +169,6 @@ def _outputs(checkpoint: _Checkpoint, family: Family, dtype: str) -> Iterator[_O
                 yield weight(f"{hub_below}{short}.weight", module, start, rows)
                 if f"{module}.bias" in checkpoint.tensors and placed.item.bias:
                     yield dense(f"{shard}.bias", f"{module}.bias", start, start + rows)
-
-
-def _layer_count(prefix: str, layer_list: str, checkpoint: _Checkpoint) -> int:
-    start = f"{prefix}.{layer_list}."
-    return 1 + max(
-        (int(n.removeprefix(start).partition(".")[0]) for n in checkpoint.tensors if n.startswith(start)), default=-1
-    )
 
 
 def _write(path: Path, outputs: list[_Output], checkpoint: _Checkpoint) -> None:

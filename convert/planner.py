@@ -7,6 +7,7 @@ sources.  Every stored tensor is used once or dropped for a stated reason; what 
 
 from __future__ import annotations
 
+import math
 import os
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -32,10 +33,13 @@ from .families.base import (
     Parameter,
     Part,
     Placed,
+    carried_prefixes,
     expand,
+    hub_name,
     joined_names,
     look_up,
     open_items,
+    present_layers,
     resolve_architecture,
     text_config,
 )
@@ -131,6 +135,7 @@ class _Planner:
     source: Source
     family: Family
     rules: list[Rules]
+    architecture: dict[str, Any]
     problems: list[Problem] = field(default_factory=list)
     steps: list[Step] = field(default_factory=list)
     dropped: list[Dropped] = field(default_factory=list)
@@ -210,10 +215,11 @@ class _Planner:
 
     # -- parts ------------------------------------------------------------------------------------------------------
 
-    def present_parts(self, architecture: dict[str, Any]) -> dict[str, int]:
+    def present_parts(self) -> dict[str, int]:
         """Root of each part that the checkpoint has -> its number of layers, where the part keeps its own count."""
-        config, present = self.source.config, {}
-        roots = {name.partition(".")[0] for name in self.by_name}
+        config, architecture = self.source.config, self.architecture
+        stored = present_layers(self.family, architecture, self.by_name)
+        present: dict[str, int] = {}
         for part in self.family.parts:
             counts = [(p, look_up(c, p)) for p in part.layer_count for c in (text_config(self.family, config), config)]
             key, declared = next(((p, c) for p, c in counts if isinstance(c, int)), ("", None))
@@ -222,26 +228,19 @@ class _Planner:
                     Problem("config.json", key, f"at most {MAX_LAYERS} layers", f"{declared}", "correct config.json")
                 )
                 declared = None
-            if part.root not in roots:
-                if part.optional and declared and part.carried:
-                    self.note(f"config.json declares {declared} layers of {part.root}.*, the files have none of it")
-                if not part.optional:
-                    present[part.root] = declared or 0
-                continue
-            stored = self.stored_layers(part)
-            if part.layer_count and not declared:
-                self.note(f"the files have {part.root}.* with {stored} layers, config.json does not declare it")
-            present[part.root] = declared or stored
+            if part.root in stored:
+                if part.layer_count and not declared:
+                    found = f"{stored[part.root]} layers"
+                    self.note(f"the files have {part.root}.* with {found}, config.json does not declare it")
+                present[part.root] = declared or stored[part.root]
+            elif not part.optional:
+                present[part.root] = declared or 0
+            elif declared and part.carried:
+                self.note(f"config.json declares {declared} layers of {part.root}.*, the files have none of it")
         if "mtp_num_hidden_layers" in architecture:
             architecture["mtp_num_hidden_layers"] = present.get("mtp", 0)
         self.settle_head(architecture, present)
         return present
-
-    def stored_layers(self, part: Part) -> int:
-        """Number of layers of a part by its stored names."""
-        prefix = f"{part.prefix}.{part.layer_list}."
-        found = {name.removeprefix(prefix).partition(".")[0] for name in self.by_name if name.startswith(prefix)}
-        return max((int(index) + 1 for index in found if index.isdecimal() and len(index) < 6), default=0)
 
     def settle_head(self, architecture: dict[str, Any], present: dict[str, int]) -> None:
         """Whether the head is tied, separate or absent; what is stored wins over the config's flag."""
@@ -275,8 +274,16 @@ class _Planner:
     def parameter(self, placed: Placed, item: Parameter) -> None:
         """Plan a tensor that is never quantised."""
         info = self.take(placed.name)
+        wanted = not item.flag or bool(self.architecture[item.flag])
+        if info is not None and item.dropped:
+            self.dropped.append(Dropped(info.name, item.dropped))
+            return
+        if info is not None and not wanted:
+            found = f"{info.dtype} {list(info.shape)}"
+            self.problem(info, f"no such tensor ({item.flag} is false)", found, "correct config.json")
+            return
         if info is None:
-            if not item.optional:
+            if wanted and not item.optional and not item.dropped:
                 shape = [s if s is not None else "any" for s in placed.shape] if placed.shape is not None else "any shape"
                 self.missing(placed.name, f"a tensor of {shape}")
             return
@@ -416,8 +423,7 @@ class _Planner:
             return None
         first = next(iter(tensors.values()))
         spelling = first.name.rpartition(".")[0]
-        hub = self.family.hub_roots[0].get(name.partition(".")[0], "")
-        spellings = (spelling, f"{hub}.{name.partition('.')[2]}", f"language_model.{name}")
+        spellings = (spelling, hub_name(name, self.family.hub_roots[0]), f"language_model.{name}")
         module = Module(name, spellings, placed.name, item.linear and placed.name != "lm_head")
         claims = [(r, r.claim(module)) for r in self.rules]
         claimed = next((c.scheme for _, c in claims), None)
@@ -487,17 +493,13 @@ class _Planner:
         """A bias must be there exactly when the architecture has one, with one value per row."""
         if item.bias is None:
             return
-        wanted = bool(self.architecture_flag(item.bias))
+        wanted = bool(self.architecture[item.bias])
         if bias is None and wanted:
             self.missing(f"{name}.bias", f"a bias of [{rows}] ({item.bias} is true)")
         elif bias is not None and not wanted:
             self.problem(bias, f"no bias ({item.bias} is false)", f"{bias.dtype} {list(bias.shape)}", "correct config.json")
         elif bias is not None and (bias.shape != (rows,) or bias.dtype not in DENSE_DTYPES):
             self.problem(bias, f"a float bias [{rows}]", f"{bias.dtype} {list(bias.shape)}", "export again")
-
-    def architecture_flag(self, key: str) -> Any:
-        """A flag of the text config."""
-        return text_config(self.family, self.source.config).get(key)
 
     def emit(self, name: str, parts: Sequence[_Stored], experts: int | None = None) -> None:
         """Write down the canonical tensors of one module, fused from `parts` in order.
@@ -746,8 +748,21 @@ def _pack(steps: Sequence[Step], shard_size: int) -> dict[str, list[int]]:
 
 
 def _without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
-    """`config.json` without its quantisation blocks, at the top and in nested configs; nothing else is changed."""
-    result = {k: v for k, v in config.items() if k not in QUANT_KEYS}
+    """`config.json` without its quantisation blocks, at the top and in nested configs; nothing else is changed.
+
+    A bare Infinity, which is no JSON, takes the form that transformers 5 writes and reads.
+    """
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, float) and math.isinf(value):
+            return {"__float__": "Infinity" if value > 0 else "-Infinity"}
+        if isinstance(value, list):
+            return [plain(v) for v in value]
+        if isinstance(value, Mapping):
+            return {k: plain(v) for k, v in value.items()}
+        return value
+
+    result: dict[str, Any] = {k: plain(v) for k, v in config.items() if k not in QUANT_KEYS}
     for key, value in result.items():
         if isinstance(value, Mapping) and any(q in value for q in QUANT_KEYS):
             result[key] = {k: v for k, v in value.items() if k not in QUANT_KEYS}
@@ -786,10 +801,11 @@ def plan_source(source: Source, shard_size: int = DEFAULT_SHARD_SIZE) -> Plan:
     _refuse_foreign(source)
     family = detect_family(source.config)
     rules = [config.dialect.read(config.block, config.where, family.names) for config in configs]
-    planner = _Planner(source, family, rules, joined=joined_names(family, SUFFIXES), encodings=encodings_for(rules))
     architecture = resolve_architecture(family, source.config)
+    joined = joined_names(family, SUFFIXES)
+    planner = _Planner(source, family, rules, architecture, joined=joined, encodings=encodings_for(rules))
     planner.index_names()
-    present = planner.present_parts(architecture)
+    present = planner.present_parts()
     attention: dict[str, list[str]] = defaultdict(list)
     placed = [*expand(family, architecture, present), *planner.open_parts(present)]
     stacks: dict[str, list[Placed]] = defaultdict(list)
@@ -819,14 +835,13 @@ def plan_source(source: Source, shard_size: int = DEFAULT_SHARD_SIZE) -> Plan:
     quantised = bool(planner.modules)
     if quantised and not rules:
         planner.note("no quantisation config: schemes are read from the tensors alone")
-    carried = tuple(p.root for p in family.parts if p.carried and p.root in present)
     config = CanonicalConfig(
         family=family.name,
         architecture=architecture,
         modules=planner.modules,
         kv_cache=planner.kv_cache,
         unfused=planner.unfused,
-        carried=tuple(sorted(carried)),
+        carried=carried_prefixes(family, architecture, present),
         hf_config=_without_quantization(source.config),
     )
     plan = Plan(

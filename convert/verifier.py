@@ -34,7 +34,7 @@ from runtime.format import (
 from .errors import ConvertError, Problem, UsageError
 from .executor import file_digest
 from .families import FAMILIES
-from .families.base import Parameter, Placed, expand, joined_names
+from .families.base import Parameter, Placed, expand, joined_names, present_layers
 from .names import canonical_name
 from .planner import plan_source
 from .source import Source, read_source
@@ -371,8 +371,7 @@ def verify_conversion(in_dir: str | os.PathLike[str], out_dir: str | os.PathLike
             canonical = ".".join((module, *joined[suffix]))
         stored[canonical], names[canonical] = tensor, name
     verifier = _Verifier(config, stored, names, _open(Path(out_dir), files))
-    roots = {name.partition(".")[0] for name in verifier.target}
-    layers = {part.root: _layers(part.prefix, part.layer_list, stored) for part in family.parts if part.root in roots}
+    layers = present_layers(family, config.architecture, verifier.target)
     for name in config.modules:
         if config.is_carried(name):
             verifier.owner[name] = (name, 0)  # a tower's module: one projection, in the same place
@@ -438,13 +437,6 @@ def _differences(path: str, expected: Any, found: Any) -> Iterator[tuple[str, An
             yield from _differences(f"{path}.{key}" if path else str(key), expected.get(key), found.get(key))
     elif expected != found:
         yield path, expected, found
-
-
-def _layers(prefix: str, layer_list: str, names: Mapping[str, Any]) -> int:
-    """Number of layers that a part has by its names."""
-    start = f"{prefix}.{layer_list}."
-    found = {n.removeprefix(start).partition(".")[0] for n in names if n.startswith(start)}
-    return max((int(i) + 1 for i in found if i.isdecimal()), default=0)
 
 
 def verify_digests(out_dir: str | os.PathLike[str]) -> int:

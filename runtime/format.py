@@ -210,7 +210,7 @@ class CanonicalConfig:
     modules        canonical module name -> its quantisation; a module that is not listed is not quantised
     kv_cache       attention module name -> "tensor" or "head": it stores `k_scale` and `v_scale`, F32 `[1]` or `[Nkv]`
     unfused        fused module name -> names of the modules that stand in its place, because their schemes differ
-    carried        first segments of tensor names that are stored but that no text runtime needs (towers, MTP heads)
+    carried        dotted prefixes of tensor names that are stored but that no text runtime needs (towers, MTP heads)
     hf_config      the source's `config.json` without its quantisation, for `export` and for people
     """
 
@@ -267,5 +267,5 @@ class CanonicalConfig:
             raise FormatError(f"{CONFIG_FILE}: malformed canonical config ({error!r}); convert again") from None
 
     def is_carried(self, tensor: str) -> bool:
-        """Whether a tensor is stored only to be carried (its first name segment is listed in `carried`)."""
-        return tensor.partition(".")[0] in self.carried
+        """Whether a tensor is stored only to be carried: a dotted prefix of its name is listed in `carried`."""
+        return any(tensor == prefix or tensor.startswith(f"{prefix}.") for prefix in self.carried)

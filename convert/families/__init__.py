@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..errors import ConvertError, Problem
-from . import qwen3, qwen3_5, qwen3_moe
+from . import llama, nemotron_h, qwen3, qwen3_5, qwen3_moe, step
 from .base import Family, text_config
 
 FAMILIES: tuple[Family, ...] = (
@@ -15,6 +15,10 @@ FAMILIES: tuple[Family, ...] = (
     qwen3_5.MOE_FAMILY,
     qwen3_moe.FAMILY,
     qwen3_moe.VL_FAMILY,
+    llama.FAMILY,
+    nemotron_h.FAMILY,
+    step.STEP3P5,
+    step.STEP3,
 )
 
 # model_type -> why it is not taken for a family that it looks like

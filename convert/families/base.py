@@ -6,7 +6,7 @@ architecture.  Source names need no table of their own: `convert.names` brings e
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,7 +46,7 @@ class Linear:
     columns  size of K
     shards   stored projections in the order in which they are fused
     whole    whether a source may hold the fused module itself (engines' dumps), in exactly this order
-    bias     architecture flag that says whether it has a bias; "?" when it may have one
+    bias     architecture flag that says whether it has a bias
     linear   whether the class name "Linear" of a config covers it (not so for embeddings)
     experts  size of the stack that it is one of, "" for a single linear.  A source may hold its experts one by one
              (`<parent>.<e>.<shard>`), stacked by projection (`<parent>.<shard>`), or stacked and fused
@@ -67,11 +67,17 @@ class Linear:
 
 @dataclass(frozen=True, slots=True)
 class Parameter:
-    """A tensor that is never quantised.  `shape` None: any.  `optional`: the model works without it."""
+    """A tensor that is never quantised.  `shape` None: any.
+
+    optional  the model works without it.   flag     architecture flag that says whether the model has it, "" for always
+    dropped   why it is not carried when it is stored, "" for a tensor that is carried
+    """
 
     name: str
     shape: tuple[Size | int, ...] | None
     optional: bool = False
+    flag: str = ""
+    dropped: str = ""
     dtypes: tuple[str, ...] = DENSE_DTYPES
 
 
@@ -117,6 +123,7 @@ class Part:
     prefix       canonical path that the names of the items start from
     layers       layer type -> items of one layer, below `<prefix>.layers` or what `layer_list` says
     layer_types  architecture key of the list of layer types; without it all layers are of the one type there is
+    layer_offset architecture key of the index of its first layer, when its layers continue another part's list
     layer_count  paths in the text config or the whole config that hold the number of layers, when it has its own
     optional     the model may lack it.   carried   stored for others: a text runtime does not need it
     open         no table: whatever is stored below the root is carried under its own name (towers of other models)
@@ -129,6 +136,7 @@ class Part:
     layers: Mapping[str, tuple[Item, ...]] | None = None
     layer_list: str = "layers"
     layer_types: str = ""
+    layer_offset: str = ""
     layer_count: tuple[str, ...] = ()
     optional: bool = False
     carried: bool = False
@@ -154,7 +162,7 @@ class Family:
     attention      item name of the fused query-key-value projection: where a KV cache and its scales belong
     kv_heads       architecture key of the number of KV heads
     bare           architectures that are saved without a head
-    hub_roots      canonical root -> root on the hub, for a wrapper config and for a text-only config
+    hub_roots      canonical prefix -> prefix on the hub, for a wrapper config and for a text-only config; the longest wins
     """
 
     name: str
@@ -163,7 +171,7 @@ class Family:
     names: NameSpace
     fields: tuple[Field, ...]
     finish: Callable[[dict[str, Any], Mapping[str, Any]], None]
-    dimensions: Callable[[Mapping[str, Any]], Mapping[str, int]]
+    dimensions: Callable[[Mapping[str, Any]], Mapping[str, int | None]]
     parts: tuple[Part, ...]
     attention: str
     kv_heads: str
@@ -263,7 +271,7 @@ def resolve_architecture(family: Family, config: Mapping[str, Any]) -> dict[str,
     return architecture
 
 
-def _place(item: Item, prefix: str, sizes: Mapping[str, int], part: Part) -> Placed:
+def _place(item: Item, prefix: str, sizes: Mapping[str, int | None], part: Part) -> Placed:
     def size(key: Size | int) -> int | None:
         return sizes[key] if isinstance(key, str) else key
 
@@ -278,6 +286,49 @@ def _place(item: Item, prefix: str, sizes: Mapping[str, int], part: Part) -> Pla
     )
     count = sizes[item.experts] if item.experts else None
     return Placed(name, parent, item, size(item.columns), shards, None, part, count)
+
+
+def hub_name(name: str, roots: Mapping[str, str]) -> str:
+    """The name that a canonical tensor or module has on the hub."""
+    root, dot, rest = name.partition(".")
+    longer = f"{root}.{rest.partition('.')[0]}"
+    if longer in roots:
+        return roots[longer] + name.removeprefix(longer)
+    return f"{roots.get(root, root)}{dot}{rest}"
+
+
+def count_layers(part: Part, names: Iterable[str], offset: int = 0) -> int:
+    """Number of layers of a part by the names stored below its layer list, counted from `offset`."""
+    depth = f"{part.prefix}.{part.layer_list}.".count(".")
+    start = f"{part.prefix}.{part.layer_list}."
+    found = {name.split(".", depth + 1)[depth] for name in names if name.startswith(start)}
+    return max((int(index) + 1 - offset for index in found if index.isdecimal() and len(index) < 6), default=0)
+
+
+def present_layers(family: Family, architecture: Mapping[str, Any], names: Collection[str]) -> dict[str, int]:
+    """Root of each part that has names below it -> its number of layers by these names."""
+    roots = {name.partition(".")[0] for name in names}
+    present = {}
+    for part in family.parts:
+        offset = architecture[part.layer_offset] if part.layer_offset else 0
+        if not part.layer_offset and part.root not in roots:
+            continue
+        layers = count_layers(part, names, offset) if part.layers is not None else 0
+        if layers > 0 or not part.layer_offset:
+            present[part.root] = layers
+    return present
+
+
+def carried_prefixes(family: Family, architecture: Mapping[str, Any], present: Mapping[str, int]) -> tuple[str, ...]:
+    """Dotted prefixes of the names that are stored only to be carried."""
+    prefixes: list[str] = []
+    for part in family.parts:
+        if part.carried and part.root in present and part.layer_offset:
+            first = architecture[part.layer_offset]
+            prefixes += (f"{part.prefix}.{part.layer_list}.{first + i}" for i in range(len(architecture[part.layer_types])))
+        elif part.carried and part.root in present:
+            prefixes.append(part.root)
+    return tuple(sorted(prefixes))
 
 
 def open_items(part: Part, names: Iterable[str], quantised: Callable[[str], bool]) -> Iterator[Placed]:
@@ -314,7 +365,7 @@ def expand(family: Family, architecture: Mapping[str, Any], present: Mapping[str
         if part.layers is not None:
             only = next(iter(part.layers))
             kinds = architecture[part.layer_types] if part.layer_types else [only] * present[part.root]
-            for index, kind in enumerate(kinds):
+            for index, kind in enumerate(kinds, architecture[part.layer_offset] if part.layer_offset else 0):
                 for item in part.layers[kind]:
                     yield _place(item, f"{prefix}{part.layer_list}.{index}.", sizes, part)
         for item in part.last:
