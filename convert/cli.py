@@ -41,6 +41,18 @@ class ByteSize(click.ParamType[int] if TYPE_CHECKING else click.ParamType):  # t
         return size
 
 
+class Directory(click.ParamType[str] if TYPE_CHECKING else click.ParamType):  # type: ignore[misc]
+    """The path of a directory; an empty one, as an unset variable gives, is a mistake."""
+
+    name = "directory"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """The path; fails with a usage message when it is empty."""
+        if not value:
+            self.fail("the path is empty", param, ctx)
+        return str(value)
+
+
 class DefaultCommand(click.Group):
     """A group in which `qconvert IN OUT` means `qconvert convert IN OUT`."""
 
@@ -156,8 +168,8 @@ def _warn(lines: Sequence[str], skipped: dict[str, str]) -> None:
 
 
 @cli.command("convert", context_settings=CONTEXT)
-@click.argument("in_dir", metavar="IN")
-@click.argument("out_dir", metavar="OUT")
+@click.argument("in_dir", metavar="IN", type=Directory())
+@click.argument("out_dir", metavar="OUT", type=Directory())
 @click.option("--dry-run", is_flag=True, help="Show the plan; read headers only and write nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report (or the plan) as JSON.")
 @click.option("--verify", is_flag=True, help="Prove the result against IN before OUT appears.")
@@ -214,7 +226,7 @@ def convert_command(
 
 
 @cli.command("inspect", context_settings=CONTEXT)
-@click.argument("directory", metavar="DIR")
+@click.argument("directory", metavar="DIR", type=Directory())
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 def inspect_command(directory: str, as_json: bool) -> None:
     """Say what the checkpoint in DIR is: producer, family, schemes, sizes, defects."""
@@ -250,11 +262,13 @@ def inspect_command(directory: str, as_json: bool) -> None:
 
 
 @cli.command("verify", context_settings=CONTEXT)
-@click.argument("in_dir", metavar="[IN]", required=False)
-@click.argument("out_dir", metavar="OUT")
+@click.argument("directories", metavar="[IN] OUT", nargs=-1, required=True, type=Directory())
 @click.option("--json", "as_json", is_flag=True, help="Print the counts as JSON.")
-def verify_command(in_dir: str | None, out_dir: str, as_json: bool) -> None:
+def verify_command(directories: tuple[str, ...], as_json: bool) -> None:
     """Prove that OUT holds exactly what IN holds; with OUT alone, check its files against their digests."""
+    if len(directories) > 2:
+        raise click.UsageError("give IN and OUT, or OUT alone")
+    in_dir, out_dir = directories if len(directories) == 2 else (None, directories[0])
     from dataclasses import asdict
 
     from .verifier import verify_conversion, verify_digests
@@ -277,8 +291,8 @@ def verify_command(in_dir: str | None, out_dir: str, as_json: bool) -> None:
 
 
 @cli.command("export", context_settings=CONTEXT)
-@click.argument("out_dir", metavar="OUT")
-@click.argument("dest", metavar="DIR")
+@click.argument("out_dir", metavar="OUT", type=Directory())
+@click.argument("dest", metavar="DIR", type=Directory())
 @click.option("--to", type=click.Choice(["dense"]), default="dense", show_default=True, help="Form to export to.")
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32", show_default=True)
 @click.option("--force", is_flag=True, help="Replace a non-empty DIR.")
@@ -294,13 +308,18 @@ def export_command(out_dir: str, dest: str, to: str, dtype: str, force: bool, as
         click.echo(f"{printable(dest)}: {summary['tensors']} tensors, {human(summary['bytes'])} in {summary['files']} files")
 
 
-def _terminated(*_: object) -> NoReturn:
+INTERRUPTS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
+
+
+def _interrupted(*_: object) -> NoReturn:
+    for number in INTERRUPTS:
+        signal.signal(number, signal.SIG_IGN)  # cleaning up is not interrupted again
     raise KeyboardInterrupt
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code.  Every error that input can cause ends here as lines on stderr."""
-    signal.signal(signal.SIGTERM, _terminated)  # clean up as for Ctrl-C
+    before = {number: signal.signal(number, _interrupted) for number in INTERRUPTS}
     try:
         cli.main(args=list(sys.argv[1:] if argv is None else argv), prog_name="qconvert", standalone_mode=False)
         return 0
@@ -323,3 +342,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         where = f"{printable(error.filename)}: " if error.filename else ""
         click.echo(f"qconvert: {where}{error.strerror or error!r}; check the path, its permissions and the disk", err=True)
         return 3
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

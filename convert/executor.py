@@ -220,7 +220,7 @@ def file_digest(path: Path) -> str:
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file for people to read, and flush it to disk."""
     with path.open("w", encoding="utf-8") as stream:
-        json.dump(value, stream, indent=2, ensure_ascii=False)
+        json.dump(value, stream, indent=2)
         stream.write("\n")
         stream.flush()
         os.fsync(stream.fileno())

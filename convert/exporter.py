@@ -16,14 +16,13 @@ from numpy.typing import NDArray
 from runtime.format import CONFIG_FILE, DTYPE_BYTES, INDEX_FILE, REPORT_FILE, CanonicalConfig, ModuleSpec
 
 from .apply import to_float32
+from .canonical import Canonical, malformed, open_canonical
 from .dequantize import dequantize_rows, to_bfloat16
 from .errors import ConvertError, MachineError, Problem, UsageError
 from .executor import write_json
-from .families import FAMILIES
-from .families.base import Family, Linear, expand, hub_name, open_items, present_layers, text_config
+from .families.base import Linear, hub_name, text_config
 from .planner import DEFAULT_SHARD_SIZE
 from .safetensors_writer import header_bytes
-from .source import TensorInfo, read_header
 from .staging import check_target, staged
 
 DTYPES = {"float32": ("F32", 4), "bfloat16": ("BF16", 2)}
@@ -67,13 +66,12 @@ class _Output:
 class _Checkpoint:
     """A canonical checkpoint opened for reading by memory map."""
 
-    def __init__(self, directory: Path, config: CanonicalConfig, files: list[str]) -> None:
-        self.config = config
-        self.tensors: dict[str, TensorInfo] = {}
-        self.maps: dict[str, NDArray[np.uint8]] = {}
-        for file in files:
-            self.maps[file] = np.memmap(directory / file, np.uint8, "r")
-            self.tensors.update((t.name, t) for t in read_header(directory / file, file))
+    def __init__(self, canonical: Canonical) -> None:
+        self.config, self.family, self.placed = canonical.config, canonical.family, canonical.placed
+        self.tensors = canonical.tensors
+        self.maps: dict[str, NDArray[np.uint8]] = {
+            file: np.memmap(canonical.directory / file, np.uint8, "r") for file in canonical.files
+        }
 
     def raw(self, name: str) -> NDArray[np.uint8]:
         """The bytes of a tensor."""
@@ -101,12 +99,11 @@ class _Checkpoint:
         return values
 
 
-def _outputs(checkpoint: _Checkpoint, family: Family, dtype: str) -> Iterator[_Output]:
+def _outputs(checkpoint: _Checkpoint, dtype: str) -> Iterator[_Output]:
     """Every exported tensor, in the order of the model.  KV and input scales have no meaning in a dense checkpoint."""
-    config = checkpoint.config
+    config, family = checkpoint.config, checkpoint.family
     wrapped = text_config(family, config.hf_config) is not config.hf_config
     roots = dict(family.hub_roots[0 if wrapped else 1])
-    counts = present_layers(family, config.architecture, checkpoint.tensors)
 
     def dense(name: str, module: str, start: int, stop: int) -> _Output:
         info = checkpoint.tensors[module]
@@ -115,11 +112,7 @@ def _outputs(checkpoint: _Checkpoint, family: Family, dtype: str) -> Iterator[_O
         tail = info.shape[2:] if module in stacks else info.shape[1:]
         return _Output(hub_name(name, roots), kept, (stop - start, *tail), module, start, stop, None)
 
-    names = [n for n in checkpoint.tensors if n.rpartition(".")[0] not in config.modules or n.endswith((".weight", ".bias"))]
-    placed_all = list(expand(family, config.architecture, counts))
-    for part in family.parts:
-        if part.open:
-            placed_all += open_items(part, names, lambda module: module in config.modules)
+    placed_all = checkpoint.placed
     stacks = {f"{p.name}.weight" for p in placed_all if p.experts is not None}
     stacks |= {f"{name}.weight" for p in placed_all if p.experts is not None for name, _ in p.shards}
 
@@ -220,18 +213,15 @@ def export_checkpoint(
     Returns a summary.  Raises `ConvertError` for a directory that is no complete canonical checkpoint, `UsageError` for
     unknown options.  Peak memory: a few times 64 MB.  `dest` is complete or absent.
     """
-    from .verifier import read_canonical
-
     if to != "dense" or dtype not in DTYPES:
         raise UsageError(Problem("", "", "--to dense and --dtype float32 or bfloat16", f"{to}, {dtype}", "correct the options"))
     source, target = Path(out_dir), Path(dest)
-    config, files = read_canonical(source)
-    family = next((f for f in FAMILIES if f.name == config.family), None)
-    if family is None:
-        raise ConvertError(Problem(CONFIG_FILE, "family", "a known family", config.family, "use a newer qconvert"))
+    canonical = open_canonical(source)
+    config = canonical.config
     check_target(target, source, force)
-    checkpoint = _Checkpoint(source, config, files)
-    outputs = list(_outputs(checkpoint, family, DTYPES[dtype][0]))
+    with malformed(str(out_dir)):
+        outputs = list(_outputs(_Checkpoint(canonical), DTYPES[dtype][0]))
+    checkpoint = _Checkpoint(canonical)
     shards: list[list[_Output]] = [[]]
     for output in outputs:
         if shards[-1] and sum(o.nbytes for o in shards[-1]) + output.nbytes > shard_size:
@@ -248,7 +238,7 @@ def export_checkpoint(
                 index.update((o.name, name) for o in shard)
             write_json(staging / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": index})
             write_json(staging / CONFIG_FILE, _hf_config(config, dtype))
-            ours = {*files, CONFIG_FILE, INDEX_FILE, REPORT_FILE}
+            ours = {*canonical.files, CONFIG_FILE, INDEX_FILE, REPORT_FILE}
             for path in sorted(source.rglob("*")):
                 relative = path.relative_to(source)
                 if path.is_file() and not path.is_symlink() and relative.as_posix() not in ours:

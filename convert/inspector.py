@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from runtime.format import CONFIG_FILE, FORMAT, REPORT_FILE, CanonicalConfig
+from runtime.format import CONFIG_FILE, FORMAT, CanonicalConfig
 
+from .canonical import open_canonical, read_report
+from .errors import ConvertError
 from .planner import plan_conversion
-from .source import read_header
+from .source import read_json, regular_file
 
 
 def _kind(module: str) -> str:
@@ -61,26 +63,20 @@ def inspect_checkpoint(directory: str | os.PathLike[str]) -> dict[str, Any]:
     Reads headers and configs only.  Raises `ConvertError` when the checkpoint would be refused.
     """
     path = Path(directory)
-    try:
-        config = json.loads((path / CONFIG_FILE).read_bytes())
-    except (OSError, ValueError):
-        config = None  # planning says what is wrong with it
+    config: Any = None
+    with suppress(OSError, ConvertError):  # planning says what is wrong with it
+        config = read_json(regular_file(path, CONFIG_FILE), CONFIG_FILE)
     if isinstance(config, Mapping) and config.get("format") == FORMAT:
-        from .verifier import read_canonical
-
-        canonical, files = read_canonical(path)
-        tensors = [(t.name, t.dtype, t.end - t.start) for f in files for t in read_header(path / f, f)]
-        try:
-            report = json.loads((path / REPORT_FILE).read_bytes())
-        except (OSError, ValueError):
-            report = {}
+        canonical = open_canonical(path)
+        tensors = [(t.name, t.dtype, t.end - t.start) for t in canonical.tensors.values()]
+        report = read_report(path)
         return {
             "kind": "canonical",
             "producer": report.get("producer", "unknown"),
             "dialect": report.get("dialect", "unknown"),
             "tensors": len(tensors),
-            "files": len(files),
-            **_summary(canonical, tensors),
+            "files": len(canonical.files),
+            **_summary(canonical.config, tensors),
             "repairs": report.get("repairs", []),
             "contradictions": report.get("contradictions", []),
             "dropped": report.get("dropped", []),

@@ -3,7 +3,7 @@
 A checkpoint's names differ by the wrappers around its parts: `model.language_model.layers.0...`,
 `language_model.model.layers.0...`, `layers.0...`, or any of these inside a PEFT wrapper.  Every spelling is a run of
 wrapper segments followed by the root of a part (`layers`, `lm_head`, `visual`, ...).  So the rule is: drop `base_layer`
-segments anywhere, skip leading wrapper segments, and let the first other segment choose the canonical root.  Whole dotted
+and `original_module` segments anywhere, skip leading wrapper segments, and let the first other segment choose the canonical root.  Whole dotted
 segments only, never substrings.
 
 Example, Qwen3.5: `model.language_model.layers.0.linear_attn.in_proj_qkv.weight_scale` skips `model`, `language_model`,
@@ -18,6 +18,8 @@ from dataclasses import dataclass, field
 
 PEFT_WRAPPER = "base_model"  # peft: `PeftModel.state_dict()` starts with base_model.model.
 PEFT_LAYER = "base_layer"  # peft: the wrapped weight of a LoRA layer; nested when one module is wrapped twice
+PEFT_ORIGINAL = "original_module"  # peft: a module as it was before `modules_to_save` trained a copy of it
+PEFT_SEGMENTS = frozenset({PEFT_LAYER, PEFT_ORIGINAL})
 
 # nvidia-modelopt 0.47 with transformers 5.23 writes `lm_head.\0backbone.pt_name_sentinel` for `lm_head` in its lists: an
 # unanchored rename hit its own sentinel.  A wildcard at the very end belongs to the name and stays.
@@ -46,8 +48,8 @@ def repair_sentinel(name: str) -> str:
 def canonical_name(name: str, space: NameSpace) -> str | None:
     """The canonical spelling of a tensor or module name, or None when no root of the family is found where it must be."""
     segments = name.split(".")
-    if PEFT_LAYER in segments:
-        segments = [s for s in segments if s != PEFT_LAYER]
+    if not PEFT_SEGMENTS.isdisjoint(segments):
+        segments = [s for s in segments if s not in PEFT_SEGMENTS]
     for position, segment in enumerate(segments):
         root = space.roots.get(segment)
         if root is not None:

@@ -34,6 +34,7 @@ from .families.base import (
     Part,
     Placed,
     carried_prefixes,
+    count_layers,
     expand,
     hub_name,
     joined_names,
@@ -118,13 +119,13 @@ class _Stored:
         """The term that this projection contributes to the canonical tensor of a role."""
         info, stored = self.found.tensors[role]
         transform = stored.transform
-        if self.expert is not None and info.shape not in ((), (1,)):
+        if self.expert is not None and _numel(info) > 1:
             rows = (self.expert, self.expert + 1)
             if self.transposed and len(info.shape) == 3:
                 transform = {"copy": "transpose", "f32": "transpose_f32"}[transform]
-            repeat = partitions if stored.shapes == SCALAR and _numel(info) == info.shape[0] else 1
+            repeat = partitions if SCALAR[0] in stored.shapes and _numel(info) == info.shape[0] else 1
             return Term(info.name, transform, repeat, rows)
-        scalar = stored.shapes == SCALAR and info.shape in ((), (1,))
+        scalar = SCALAR[0] in stored.shapes and _numel(info) == 1
         return Term(info.name, transform, partitions if scalar else 1)
 
 
@@ -146,7 +147,7 @@ class _Planner:
     by_module: dict[str, dict[str, TensorInfo]] = field(default_factory=lambda: defaultdict(dict))
     repairs: list[str] = field(default_factory=list)
     disagreements: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
-    statics: list[tuple[str, str, _Stored]] = field(default_factory=list)
+    optional_scales: list[tuple[str, str, _Stored]] = field(default_factory=list)
     joined: dict[str, tuple[str, str]] = field(default_factory=dict)
     encodings: list[Encoding] = field(default_factory=list)
     orientations: dict[str, bool] = field(default_factory=dict)
@@ -291,6 +292,9 @@ class _Planner:
             len(placed.shape) == len(info.shape)
             and all(want in (None, have) for want, have in zip(placed.shape, info.shape, strict=True))
         )
+        weight = self.by_name.get(f"{placed.parent}.weight")
+        if placed.shape is None and placed.name.endswith(".bias") and weight is not None:
+            fits = info.shape == weight.shape[:1]
         if not fits or info.dtype not in item.dtypes:
             expected = f"{'/'.join(item.dtypes)} {list(placed.shape) if placed.shape is not None else 'of any shape'}"
             self.problem(info, expected, f"{info.dtype} {list(info.shape)}", "the tensor does not fit config.json")
@@ -424,15 +428,15 @@ class _Planner:
         first = next(iter(tensors.values()))
         spelling = first.name.rpartition(".")[0]
         spellings = (spelling, hub_name(name, self.family.hub_roots[0]), f"language_model.{name}")
-        module = Module(name, spellings, placed.name, item.linear and placed.name != "lm_head")
-        claims = [(r, r.claim(module)) for r in self.rules]
+        module = Module(name, spellings, placed.name, item.linear)
+        claims = [(r, r.claim(module)) for r in self.rules if not r.silent]
         claimed = next((c.scheme for _, c in claims), None)
         found = self.recognise(tensors, shape, len(partitions), claimed, stack)
         if isinstance(found, list):
             self.problems += self.explain(tensors, found)
             return None
         self.check_bias(item, name, bias, found.shape[0])
-        for line in disagreements(found, claims, module.is_linear):
+        for line in disagreements(found, claims, item.linear and placed.name != "lm_head"):
             self.disagreements[line].append(spelling)
         sized = tuple((p, found.shape[0] if r is None else r) for p, r in partitions)
         if found.scheme == DENSE:
@@ -447,11 +451,13 @@ class _Planner:
             file, missing = first.file, f"{spelling}.{suffix}"
             label = settled.claim.label if settled.claim else ""
             self.problems.append(Problem(file, missing, f"the static input scale of {label}", "no such tensor", INCOMPLETE))
-        if settled.claim is not None and settled.claim.optional_input_scale:
-            self.statics.append((placed.name, settled.claim.label.upper(), result))
+        if settled.claim is None or settled.claim.optional_input_scale:
+            label = settled.claim.label.upper() if settled.claim is not None else f"unclaimed {found.scheme}"
+            self.optional_scales.append((placed.name, label, result))
         if settled.drop_input_scale:
             info = found.tensors["input_scale"][0]
-            self.dropped.append(Dropped(info.name, "weight-only module: its config says that inputs are not quantised"))
+            use = f"{settled.activations}, which needs none" if settled.activations else "weight-only"
+            self.dropped.append(Dropped(info.name, f"its config says that the input of this module is {use}"))
         return result
 
     def recognise(
@@ -548,31 +554,31 @@ class _Planner:
             return [("".join(p for p, _ in own), sum(rows for _, rows in own))]
         return own
 
-    def check_static_scales(self) -> None:
-        """Refuse a static scale that is missing among its like.
+    def check_optional_scales(self) -> None:
+        """Refuse an optional scale that is missing among its like.
 
-        nvidia-modelopt writes weight-only modules under the name of the static algorithm, so a missing `input_scale` cannot
-        be told from weight-only by one module alone.  It is taken for weight-only unless a sibling in the same fused group,
-        a module of the same kind in another layer, or (in a uniform config) any other module has one.
+        nvidia-modelopt writes weight-only modules under the name of the static algorithm, and leaves out a
+        `pre_quant_scale` that it could fold.  So a scale that was lost cannot be told from one that never was by one module
+        alone.  It is taken for lost when a sibling in the same fused group, a module of the same kind in another layer, or
+        (input scales; the head apart) any module under the same algorithm has one.
         """
-        groups: dict[tuple[str, str], list[_Stored]] = defaultdict(list)
-        uniform = all(r.uniform for r in self.rules)
-        for fused_name, label, stored in self.statics:
+        groups: dict[tuple[str, str, str], list[_Stored]] = defaultdict(list)
+        for fused_name, label, stored in self.optional_scales:
             kind = ".".join("#" if s.isdecimal() else s for s in stored.name.split("."))
-            keys = {("group", fused_name), ("kind", f"{kind} {label}")}
-            if uniform and fused_name != "lm_head":
-                keys.add(("body", label))
-            for key in keys:
-                groups[key].append(stored)
-        lacking: dict[str, _Stored] = {}
-        for members in groups.values():
-            if len({m.found.has_input_scale for m in members}) > 1:
-                lacking.update((m.name, m) for m in members if not m.found.has_input_scale)
-        for stored in lacking.values():
+            groups["input_scale", "kind", f"{kind} {label}"].append(stored)
+            groups["pre_quant_scale", "kind", f"{kind} {label}"].append(stored)
+            groups["input_scale", "group", fused_name].append(stored)
+            if fused_name != "lm_head":  # heads are often weight-only by recipe
+                groups["input_scale", "all", label].append(stored)
+        lacking: dict[tuple[str, str], _Stored] = {}
+        for (role, _, _), members in groups.items():
+            if len({role in m.found.tensors for m in members}) > 1:
+                lacking.update(((m.name, role), m) for m in members if role not in m.found.tensors)
+        for (_, role), stored in lacking.items():
             weight = stored.found.tensors["weight"][0]
             self.problems.append(
                 Problem(
-                    weight.file, f"{weight.name.rpartition('.')[0]}.input_scale", "a static input scale, as its like have",
+                    weight.file, f"{weight.name.rpartition('.')[0]}.{role}", f"the {role} that its like have",
                     "no such tensor", "calibrate every module, and export again",
                 )
             )  # fmt: skip
@@ -628,9 +634,19 @@ class _Planner:
 
     # -- what is left over ----------------------------------------------------------------------------------------------
 
-    def leftovers(self) -> None:
+    def leftovers(self, present: Mapping[str, int]) -> None:
         """Refuse every tensor that no rule has used."""
         dropped = {d.tensor for d in self.dropped}
+        declared = self.architecture.get("num_hidden_layers", 0)
+        stored = count_layers(self.family.parts[0], self.by_name)
+        if stored > declared and not any(p.layer_offset and p.root in present for p in self.family.parts):
+            self.problems.append(
+                Problem(
+                    "config.json", "num_hidden_layers", f"the {stored} layers that the files have", f"{declared}",
+                    "take config.json and files from the same checkpoint",
+                )
+            )  # fmt: skip
+            return
         for suffixes in self.by_module.values():
             for info in suffixes.values():
                 if info.name in dropped:
@@ -800,7 +816,7 @@ def plan_source(source: Source, shard_size: int = DEFAULT_SHARD_SIZE) -> Plan:
     configs = find_configs(source.config, source.quant_file)  # names an unsupported method before an unsupported family
     _refuse_foreign(source)
     family = detect_family(source.config)
-    rules = [config.dialect.read(config.block, config.where, family.names) for config in configs]
+    rules = [config.read(family.names) for config in configs]
     architecture = resolve_architecture(family, source.config)
     joined = joined_names(family, SUFFIXES)
     planner = _Planner(source, family, rules, architecture, joined=joined, encodings=encodings_for(rules))
@@ -827,8 +843,8 @@ def plan_source(source: Source, shard_size: int = DEFAULT_SHARD_SIZE) -> Plan:
                 planner.experts(place, place.item, stacks[place.parent])
             if place.parent in planner.kv_cache and place.name.endswith(f".{family.attention}"):
                 planner.steps += [s for n, s in kv_steps.items() if n.rpartition(".")[0] == place.parent]
-    planner.check_static_scales()
-    planner.leftovers()
+    planner.check_optional_scales()
+    planner.leftovers(present)
     if planner.problems:
         raise ConvertError(planner.problems)
     declared = [r.dialect for r in rules]

@@ -74,7 +74,7 @@ class Stack:
         stacked = [
             (self.experts, *(shape[::-1] if self.transposed and len(shape) == 2 else shape)) for shape in shapes
         ]
-        return stacked + [s for s in shapes if s in ((), (1,))] if stored.shapes == SCALAR else stacked
+        return stacked + [s for s in shapes if s in ((), (1,))] if SCALAR[0] in stored.shapes else stacked
 
 
 def _fault(
@@ -244,6 +244,9 @@ def disagreements(found: Recognised, claims: Sequence[tuple[Rules, Claim]], is_l
             expected = GROUP_SIZES.get(claim.scheme)
             if claim.group_size is not None and expected is not None and claim.group_size != expected:
                 lines.append(f"{rules.where} says group size {claim.group_size}, tensors say {expected}")
+            static = claim.activations is not None and ACTIVATIONS[claim.activations]
+            if found.scheme != DENSE and found.has_input_scale and not static:
+                lines.append(f"{rules.where} says {claim.label}, which needs no input scale, tensors have one")
         elif claim.scheme == DENSE:
             lines.append(f"{rules.where} says {claim.label} (not quantised), tensors say {found.scheme}")
         elif found.scheme == DENSE:

@@ -142,7 +142,7 @@ def read_json(path: Path, name: str) -> dict[str, Any]:
     return parse_json(path.read_bytes(), name)
 
 
-def _regular_file(directory: Path, name: str) -> Path:
+def regular_file(directory: Path, name: str) -> Path:
     """The resolved path of a file of the checkpoint; refuses links that leave it, and anything that is not a file."""
     path = directory / name
     target = path.resolve()
@@ -201,7 +201,8 @@ def read_header(path: Path, file: str) -> list[TensorInfo]:
     # count differs, or where an escape may hide one, pays for the slow check.
     header = parse_json(raw, file, duplicates_possible=False)
     metadata = header.pop("__metadata__", {})
-    if raw.count(b'"data_offsets"') != len(header) or b"\\" in raw:
+    keys = (b'"data_offsets"', b'"dtype"', b'"shape"')
+    if any(raw.count(key) != len(header) for key in keys) or b"\\" in raw:
         parse_json(raw, file)
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         _refuse(file, "__metadata__", "text values", "something else", damaged)
@@ -231,7 +232,7 @@ def _shard_names(directory: Path) -> tuple[list[str], dict[str, str] | None]:
     if not indexes:
         found = sorted(p.name for p in directory.glob("*.safetensors") if p.name != ADAPTER_WEIGHTS)
         return found, None
-    index = read_json(_regular_file(directory, indexes[0]), indexes[0])
+    index = read_json(regular_file(directory, indexes[0]), indexes[0])
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
         _refuse(indexes[0], "weight_map", "an object of tensor name -> file name", "something else", "fetch it again")
@@ -277,7 +278,7 @@ def _side_files(directory: Path, shards: set[str]) -> tuple[dict[str, Path], dic
                 skipped[path] = "its name has control characters"
             else:
                 try:
-                    carried[path] = _regular_file(directory, path)
+                    carried[path] = regular_file(directory, path)
                 except ConvertError as error:
                     skipped[path] = f"expected {error.problems[0].expected}, found {error.problems[0].found}"
     return carried, skipped
@@ -319,7 +320,7 @@ def read_source(in_dir: str | os.PathLike[str]) -> Source:
         _refuse_without_weights(directory)
     if not (directory / CONFIG_FILE).exists():
         _refuse(CONFIG_FILE, "", "the model's config", "no such file", "fetch the whole checkpoint, config.json included")
-    config = read_json(_regular_file(directory, CONFIG_FILE), CONFIG_FILE)
+    config = read_json(regular_file(directory, CONFIG_FILE), CONFIG_FILE)
     if config.get("format") == FORMAT:
         _refuse(
             CONFIG_FILE, "", "a source checkpoint", "one that qconvert has already written",
@@ -327,13 +328,13 @@ def read_source(in_dir: str | os.PathLike[str]) -> Source:
         )  # fmt: skip
     quant_file = None
     if (directory / QUANT_FILE).exists():
-        quant_file = read_json(_regular_file(directory, QUANT_FILE), QUANT_FILE)
+        quant_file = read_json(regular_file(directory, QUANT_FILE), QUANT_FILE)
 
     files: dict[str, SourceFile] = {}
     tensors: dict[str, TensorInfo] = {}
     problems: list[Problem] = []
     for shard in shards:
-        path = _regular_file(directory, shard)
+        path = regular_file(directory, shard)
         info = path.stat()
         files[shard] = SourceFile(shard, path, (info.st_size, info.st_mtime_ns, info.st_ino))
         for tensor in read_header(path, shard):

@@ -16,7 +16,13 @@ def check_target(out: Path, in_dir: Path | None, force: bool) -> None:
 
     OUT must not exist unless it is an empty directory or `force` is given, and must be apart from IN.
     """
+    if not str(out) or out == Path() or Path.cwd().is_relative_to(out.resolve()):
+        raise UsageError(
+            Problem(str(out), "", "a directory of its own for OUT", "the working directory or one above it", "name another")
+        )
     resolved = out.resolve()
+    if out.exists() and os.path.ismount(out):
+        raise UsageError(Problem(str(out), "", "a directory that can be renamed", "a mount point", "name one below it"))
     if in_dir is not None:
         source = in_dir.resolve()
         if resolved == source or resolved.is_relative_to(source) or source.is_relative_to(resolved):
@@ -56,7 +62,7 @@ def staged(out: Path, needed_bytes: int) -> Iterator[Path]:
         raise MachineError(
             Problem(str(parent), "", f"{needed_bytes / 1e9:.2f} GB free", f"{free / 1e9:.2f} GB", "free some space")
         )
-    staging = parent / f".{target.name}.partial-{os.getpid()}"
+    staging = parent / f".{target.name[:200]}.partial-{os.getpid()}"
     try:
         parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(staging, ignore_errors=True)
@@ -74,7 +80,7 @@ def staged(out: Path, needed_bytes: int) -> Iterator[Path]:
 
 def _replace(target: Path, staging: Path) -> None:
     """Rename `staging` to `target`; what was there before goes only once the new one is in place."""
-    before = target.with_name(f".{target.name}.replaced-{os.getpid()}")
+    before = target.with_name(f".{target.name[:200]}.replaced-{os.getpid()}")
     existed = target.exists()
     if existed:
         os.rename(target, before)

@@ -20,21 +20,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.format import (
-    CONFIG_FILE,
-    INDEX_FILE,
-    REPORT_FILE,
-    CanonicalConfig,
-    FormatError,
-    ModuleSpec,
-    ceil_div,
-    module_tensors,
-)
+from runtime.format import CONFIG_FILE, REPORT_FILE, CanonicalConfig, ModuleSpec, ceil_div
 
-from .errors import ConvertError, Problem, UsageError
+from .canonical import Canonical, malformed, open_canonical, read_report
+from .errors import ConvertError, Problem
 from .executor import file_digest
-from .families import FAMILIES
-from .families.base import Parameter, Placed, expand, joined_names, present_layers
+from .families.base import Parameter, Placed, joined_names
 from .names import canonical_name
 from .planner import plan_source
 from .source import Source, read_source
@@ -119,7 +110,8 @@ def _open(directory: Path, files: list[str]) -> dict[str, _Tensor]:
     tensors: dict[str, _Tensor] = {}
     for name in files:
         with (directory / name).open("rb") as stream:
-            view = memoryview(mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ))
+            size = os.fstat(stream.fileno()).st_size
+            view = memoryview(mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) if size else b"")
         length = int.from_bytes(view[:8], "little")
         try:
             header = json.loads(bytes(view[8 : 8 + length]))
@@ -135,29 +127,6 @@ def _open(directory: Path, files: list[str]) -> dict[str, _Tensor]:
                 Problem(name, "", "a readable safetensors file", str(error), "convert again")
             ) from None
     return tensors
-
-
-def read_canonical(out_dir: str | os.PathLike[str]) -> tuple[CanonicalConfig, list[str]]:
-    """Config and shard names of a canonical checkpoint.  Raises `ConvertError` when it is none, or is incomplete."""
-    directory = Path(out_dir)
-    if not directory.is_dir():
-        raise UsageError(Problem(str(out_dir), "", "a canonical checkpoint", "no directory", "run qconvert IN OUT first"))
-    try:
-        config = CanonicalConfig.from_json(json.loads((directory / CONFIG_FILE).read_bytes()))
-        index = json.loads((directory / INDEX_FILE).read_bytes())["weight_map"]
-        files = sorted(set(index.values()))
-        if any(os.path.basename(f) != f or not (directory / f).is_file() for f in files):
-            raise ValueError("the index names a file that is not there")
-    except FormatError as error:
-        file, _, rest = str(error).partition(": expected ")
-        expected, _, tail = rest.partition(", found ")
-        found, _, remedy = tail.partition("; ")
-        raise ConvertError(Problem(file, "", expected or "a canonical config", found, remedy)) from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConvertError(
-            Problem(str(out_dir), "", "a complete canonical checkpoint", str(error), "run qconvert IN OUT again")
-        ) from None
-    return config, files
 
 
 @dataclass(slots=True)
@@ -213,15 +182,6 @@ class _Verifier:
         """Note one difference."""
         file = self.target[name].file if name in self.target else ""
         self.problems.append(Problem(file, name, expected, found, "OUT is not a conversion of IN: convert again"))
-
-    def contract(self) -> None:
-        """Every quantised module of the config has exactly the tensors that the format says."""
-        for module, spec in self.config.modules.items():
-            for role, expected in module_tensors(spec).items():
-                found = self.target.get(f"{module}.{role}")
-                shape = (found.dtype, found.shape) if found else None
-                if found is None or (role != "pre_quant_scale" and shape != (expected.dtype, expected.shape)):
-                    self.wrong(f"{module}.{role}", f"{expected.dtype} {list(expected.shape)}", str(shape))
 
     def place(self, placed: Placed) -> None:
         """Work out which rows of which module in OUT each stored projection fills.
@@ -356,11 +316,15 @@ def verify_conversion(in_dir: str | os.PathLike[str], out_dir: str | os.PathLike
     Reads both completely, compares every element, and returns the counts.  A divisor of IN must appear as the correctly
     rounded float32 reciprocal; everything else must be equal bit for bit.  Raises `ConvertError` with the first differences.
     """
-    config, files = read_canonical(out_dir)
-    family = next((f for f in FAMILIES if f.name == config.family), None)
-    if family is None:
-        raise ConvertError(Problem(CONFIG_FILE, "family", "a known family", config.family, "use a newer qconvert"))
+    canonical = open_canonical(out_dir)
     source = read_source(in_dir)
+    with malformed(str(out_dir)):
+        return _verify(source, canonical)
+
+
+def _verify(source: Source, out: Canonical) -> Verified:
+    """The proof, once both sides are known to be readable."""
+    config, family = out.config, out.family
     stored: dict[str, _Tensor] = {}
     names: dict[str, str] = {}
     joined = joined_names(family, ROLES)
@@ -370,12 +334,11 @@ def verify_conversion(in_dir: str | os.PathLike[str], out_dir: str | os.PathLike
         if suffix in joined and module.endswith(".experts"):
             canonical = ".".join((module, *joined[suffix]))
         stored[canonical], names[canonical] = tensor, name
-    verifier = _Verifier(config, stored, names, _open(Path(out_dir), files))
-    layers = present_layers(family, config.architecture, verifier.target)
+    verifier = _Verifier(config, stored, names, _open(out.directory, list(out.files)))
     for name in config.modules:
         if config.is_carried(name):
             verifier.owner[name] = (name, 0)  # a tower's module: one projection, in the same place
-    linears = [p for p in expand(family, config.architecture, layers) if not isinstance(p.item, Parameter)]
+    linears = [p for p in out.placed if not isinstance(p.item, Parameter) and not p.part.open]
     stacks: dict[str, list[Placed]] = defaultdict(list)
     for placed in linears:
         if placed.experts is not None:
@@ -385,10 +348,7 @@ def verify_conversion(in_dir: str | os.PathLike[str], out_dir: str | os.PathLike
     verifier.measure()
     for placed in linears:
         verifier.place(placed)
-    verifier.contract()
-    report = json.loads((Path(out_dir) / REPORT_FILE).read_bytes()) if (Path(out_dir) / REPORT_FILE).exists() else {}
-    dropped = {d["tensor"] for d in report.get("dropped", [])}
-    used = 0
+    dropped = {d["tensor"] for d in read_report(out.directory).get("dropped", [])}
     for canonical, tensor in stored.items():
         if names[canonical] in dropped:
             continue
@@ -399,7 +359,6 @@ def verify_conversion(in_dir: str | os.PathLike[str], out_dir: str | os.PathLike
             verifier.problems.append(
                 Problem(tensor.file, names[canonical], "a place in OUT", "none", "OUT is incomplete: convert again")
             )
-        used += 1
     elements = 0
     for name, tensor in verifier.target.items():
         count = 1
@@ -409,7 +368,7 @@ def verify_conversion(in_dir: str | os.PathLike[str], out_dir: str | os.PathLike
         if verifier.compared[name] != count and not any(p.tensor == name for p in verifier.problems):
             verifier.wrong(name, f"{count} elements that come from IN", f"{verifier.compared[name]}")
     for relative, path in source.side_files.items():
-        copy = Path(out_dir) / relative
+        copy = out.directory / relative
         if not copy.is_file() or file_digest(copy) != file_digest(path):
             verifier.problems.append(Problem(relative, "", "a byte-for-byte copy", "a difference", "convert again"))
     verifier.problems += _config_problems(source, config)
@@ -445,15 +404,11 @@ def verify_digests(out_dir: str | os.PathLike[str]) -> int:
     Raises `ConvertError` naming the file that differs, or when the conversion recorded no digests.
     """
     directory = Path(out_dir)
-    _, files = read_canonical(directory)
-    try:
-        recorded = {o["file"]: o["sha256"] for o in json.loads((directory / REPORT_FILE).read_bytes())["outputs"]}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConvertError(
-            Problem(REPORT_FILE, "", "the report of the conversion", str(error), "verify against the source instead")
-        ) from None
+    out = open_canonical(directory)
+    with malformed(REPORT_FILE):
+        recorded: dict[str, str | None] = {o["file"]: o["sha256"] for o in read_report(directory)["outputs"]}
     problems = []
-    for name in sorted({*files, *recorded}):
+    for name in sorted({*out.files, *recorded}):
         path = directory / name
         if not recorded.get(name):
             problems.append(Problem(name, "", "a recorded digest", "none", "verify against the source instead"))

@@ -609,7 +609,8 @@ NAMES = [
         "one-layer-too-many",
         DENSE,
         put("model.layers.2.input_layernorm.weight", raw("BF16", np.ones(64))),
-        tensor="model.layers.2.input_layernorm.weight",
+        file="config.json",
+        words=("num_hidden_layers", "3 layers", "2"),
     ),
     Case(
         "fp8-weight-without-any-config",
@@ -807,7 +808,7 @@ PRODUCERS = [
             file="config.json",
             words=(kind, "model_type"),
         )
-        for kind in ("qwen3_next", "llama", "gpt_oss", "model_of_tomorrow")
+        for kind in ("qwen3_next", "mistral", "gpt_oss", "model_of_tomorrow")
     ),
     Case("no-model_type", DENSE, config(lambda c: c.pop("model_type")), file="config.json", words=("model_type",)),
     Case(

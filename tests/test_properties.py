@@ -135,7 +135,8 @@ def test_size_rule_of_terms(count: int, repeat: int, name: str) -> None:
     for dtype in TRANSFORMS[name].inputs:
         data = bytes([0x3F]) * (count * DTYPE_BYTES[dtype])
         done = transform(name, data, dtype) * repeat
-        assert len(done) == term_nbytes(Term("t", name, repeat), dtype, len(data))
+        assert len(done) == term_nbytes(Term("t", name, repeat), dtype, (count,))
+        assert len(done) == term_nbytes(Term("t", name, repeat, (3, 3 + count)), dtype, (count + 7,))
 
 
 SEGMENT = st.sampled_from(["model", "language_model", "base_model", "base_layer", "layers", "lm_head", "visual", "mtp",

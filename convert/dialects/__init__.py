@@ -9,8 +9,9 @@ from typing import Any
 from runtime.format import DENSE_DTYPES
 
 from ..errors import ConvertError, Problem
+from ..names import NameSpace
 from . import compressed_tensors, hf_fp8, modelopt, refused
-from .base import DENSE, Dialect, Encoding, Stored
+from .base import DENSE, Dialect, Encoding, Rules, Stored
 
 DIALECTS: tuple[Dialect, ...] = (modelopt.DIALECT, compressed_tensors.DIALECT, hf_fp8.DIALECT)
 DENSE_ENCODING = Encoding(
@@ -42,6 +43,13 @@ def _detect(block: Mapping[str, Any], where: str) -> Dialect:
     raise ConvertError(Problem(where, "quant_method", f"one of {supported}", f"{method}", remedy))
 
 
+def _nested_modelopt(block: Any) -> Any:
+    """An old ModelOpt export nests its config under `quantization`; other tools use that key for formats of their own."""
+    if isinstance(block, Mapping) and "quant_algo" not in block and "quantized_layers" not in block:
+        return {"quant_method": "mlx" if "bits" in block else str(block.get("quant_method", "unknown"))}
+    return {"quantization": block} if block else None
+
+
 @dataclass(frozen=True, slots=True)
 class QuantConfig:
     """A quantisation config that was found: whose it is, its content, and the file and key it was found at."""
@@ -49,6 +57,16 @@ class QuantConfig:
     dialect: Dialect
     block: Mapping[str, Any]
     where: str
+
+    def read(self, space: NameSpace) -> Rules:
+        """The rules that it states.  Raises `ConvertError` for what cannot be converted, and for malformed values."""
+        try:
+            return self.dialect.read(self.block, self.where, space)
+        except (TypeError, ValueError, AttributeError, KeyError, IndexError) as error:
+            found = f"malformed values ({error})"
+            raise ConvertError(
+                Problem(self.where, "", f"a {self.dialect.name} config", found, "correct the config, or export again")
+            ) from None
 
 
 def find_configs(config: Mapping[str, Any], quant_file: Mapping[str, Any] | None) -> list[QuantConfig]:
@@ -62,7 +80,7 @@ def find_configs(config: Mapping[str, Any], quant_file: Mapping[str, Any] | None
         ("config.json: quantization_config", config.get("quantization_config")),
         ("config.json: text_config.quantization_config", nested.get("quantization_config")),
         ("config.json: compression_config", config.get("compression_config")),
-        ("config.json", {"quantization": config["quantization"]} if config.get("quantization") else None),
+        ("config.json", _nested_modelopt(config.get("quantization"))),
         ("hf_quant_config.json", quant_file),
     )
     found = []

@@ -103,7 +103,7 @@ class Rules:
     ordered  (matcher, claim) pairs, first match wins, after `exact`
     default  the claim for a linear that nothing else matches, or None when unlisted means unquantised
     ignored  matchers of modules that the config excludes; they win over `ordered` and `default`
-    uniform  whether one algorithm is claimed for the whole model
+    silent   whether it names no module at all: the map that it refers to is elsewhere
     """
 
     where: str
@@ -113,7 +113,7 @@ class Rules:
     default: Claim | None = None
     ignored: list[Matcher] = field(default_factory=list)
     kv_cache: KvClaim | None = None
-    uniform: bool = True
+    silent: bool = False
     repairs: list[str] = field(default_factory=list)
 
     def claim(self, module: Module) -> Claim:

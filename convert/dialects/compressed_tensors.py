@@ -37,7 +37,9 @@ _SOURCE = "compressed-tensors 0.20.0"
 
 ENCODINGS = (
     Encoding(
-        "fp8_tensor", (_FP8, Stored("weight_scale", "weight_scale", FLOATS, SCALAR, "f32"), _INPUT), _SOURCE
+        "fp8_tensor",
+        (_FP8, Stored("weight_scale", "weight_scale", FLOATS, (*SCALAR, ("1", "1")), "f32"), _INPUT),
+        _SOURCE,
     ),
     Encoding(
         "fp8_channel", (_FP8, Stored("weight_scale", "weight_scale", FLOATS, (("N", "1"),), "f32"), _INPUT), _SOURCE
@@ -87,10 +89,14 @@ def _describe(args: Mapping[str, Any]) -> str:
 
 
 def _weights(args: Mapping[str, Any], where: str, group: str) -> str:
-    strategy = args.get("strategy")
+    strategy = args.get("strategy") or "tensor"  # the library's default for 8-bit floats
     size = args.get("group_size") if strategy in ("group", "tensor_group") else None
     scheme = WEIGHTS.get((args.get("type"), args.get("num_bits"), strategy, size))
-    if scheme == "fp8_block" and list(args.get("block_structure") or (128, 128)) != [128, 128]:
+    blocks = args.get("block_structure") or [128, 128]
+    if scheme == "fp8_block" and (blocks.split("x") if isinstance(blocks, str) else list(blocks)) not in (
+        [128, 128],
+        ["128", "128"],
+    ):
         scheme = None
     if scheme is None or args.get("symmetric") is False or args.get("actorder"):
         kind = "INT" if args.get("type") == "int" else "weights"
@@ -103,11 +109,12 @@ def _weights(args: Mapping[str, Any], where: str, group: str) -> str:
 def _inputs(args: Mapping[str, Any] | None, where: str, group: str) -> str | None:
     if args is None:
         return None
+    args = expect_mapping(args, where, group)
     key = (args.get("type"), args.get("num_bits"))
     if args.get("strategy") == "group":
         found = GROUPED_INPUTS.get((*key, args.get("group_size"))) if args.get("dynamic") else None
     else:
-        found = INPUTS.get((*key, args.get("strategy"), args.get("dynamic")))
+        found = INPUTS.get((*key, args.get("strategy") or "tensor", args.get("dynamic") or False))
     if found is None:
         raise ConvertError(
             Problem(where, group, "input activations of a supported format", _describe(args) or repr(args)[:80], REMEDY)
@@ -143,7 +150,7 @@ def read(block: Mapping[str, Any], where: str, space: NameSpace) -> Rules:
             Problem(where, "transform_config", "none", "transforms that change the maths at run time",
                     "export without transforms (Hadamard, SpinQuant)")
         )  # fmt: skip
-    sparsity = block.get("sparsity_config") or {}
+    sparsity = expect_mapping(block.get("sparsity_config") or {}, where, "sparsity_config")
     if sparsity.get("format", "dense") != "dense":
         raise ConvertError(
             Problem(where, "sparsity_config", "dense weights", str(sparsity.get("format")), "export without sparsity")
@@ -165,7 +172,6 @@ def read(block: Mapping[str, Any], where: str, space: NameSpace) -> Rules:
     rules.ordered.sort(key=lambda pair: pair[0] is _is_linear)
     for name in expect_names(block.get("ignore"), where, "ignore"):
         rules.ignored.append(_matcher(config_name(name, space, rules), where, space))
-    rules.uniform = len({c for _, c in claims}) <= 1
     rules.kv_cache = _kv_claim(block.get("kv_cache_scheme"))
     return rules
 

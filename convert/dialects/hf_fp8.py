@@ -31,7 +31,7 @@ ENCODINGS = (
         "fp8_block", (_FP8, Stored("weight_scale_inv", "weight_scale", FLOATS, (("NB", "KB"),), "f32")), _SOURCE
     ),
     Encoding(  # scale_fmt "ue8m0"
-        "fp8_block", (_FP8, Stored("weight_scale_inv", "weight_scale", ("F8_E8M0",), (("NB", "KB"),), "e8m0")), _SOURCE
+        "fp8_block", (_FP8, Stored("weight_scale_inv", "weight_scale", ("F8_E8M0", "U8"), (("NB", "KB"),), "e8m0")), _SOURCE
     ),
     Encoding(
         "fp8_tensor",

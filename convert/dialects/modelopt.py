@@ -136,10 +136,13 @@ def read(block: Mapping[str, Any], where: str, space: NameSpace) -> Rules:
     if layers is not None or str(algorithm).upper() == "MIXED_PRECISION":
         # An allow list: what it does not name is not quantised.  `config_groups` repeats it and is ignored, because the
         # two disagree in released checkpoints (groups synthesise their activations from the algorithm's name).
-        rules.uniform = False
+        rules.silent = layers is None
         for name, entry in expect_mapping(layers or {}, where, "quantized_layers").items():
             key = config_name(name, space, rules)
-            claim = _claim(expect_mapping(entry, where, key), where, key)
+            entry = expect_mapping(entry, where, key)
+            claim = _claim(entry, where, key)
+            if claim.scheme == "nvfp4" and entry.get("with_input_scale") is not False:
+                claim = replace(claim, optional_input_scale=False)  # weight-only has a word of its own here: W4A16_NVFP4
             if any(c in key for c in "*?["):
                 rules.ordered.append((wildcard_matcher(key, space), claim))
             else:

@@ -23,7 +23,6 @@ QUANT_METHODS: Mapping[str, str] = {
     "eetq": INTEGER,
     "quanto": INTEGER,
     "bitnet": INTEGER,
-    "compressed-tensors-int": INTEGER,
     "mxfp4": f"the gpt-oss MXFP4 layout (blocks and scales apart) is not supported: {REQUANTIZE}",
     "mxfp8": "MiniMax-style MXFP8 is not supported yet: export as MXFP8 with nvidia-modelopt or llm-compressor",
     "quark": REQUANTIZE,
@@ -32,6 +31,7 @@ QUANT_METHODS: Mapping[str, str] = {
     "torchao": "save the model dequantised, or export it with nvidia-modelopt or llm-compressor",
     "nvfp4": "an on-the-fly pack of transformers is not a checkpoint format: export with nvidia-modelopt",
     "fouroversix": REQUANTIZE,
+    "mlx": INTEGER,
     "gguf": "convert the original safetensors checkpoint instead",
 }
 
@@ -50,10 +50,8 @@ TENSORS: tuple[tuple[frozenset[str], str, str], ...] = (
 SEGMENTS: Mapping[str, tuple[str, str]] = {
     "quant_state": ("bitsandbytes 4-bit", INTEGER),
     "absmax": ("bitsandbytes 4-bit", INTEGER),
-    "lora_A": ("a LoRA adapter inside the checkpoint", "merge the adapter into the base model first (peft: merge_and_unload)"),
-    "lora_B": ("a LoRA adapter inside the checkpoint", "merge the adapter into the base model first (peft: merge_and_unload)"),
-    "lora_magnitude_vector": ("a DoRA adapter", "merge the adapter into the base model first (peft: merge_and_unload)"),
-    "modules_to_save": ("a PEFT copy of a module", "merge the adapter into the base model first (peft: merge_and_unload)"),
+    "lora_E": ("an AdaLoRA adapter", "merge the adapter into the base model first (peft: merge_and_unload)"),
+    "trainable_tokens_delta": ("trainable tokens of PEFT", "merge the adapter into the base model first (peft: merge_and_unload)"),
     "weight_quantizer": ("a quantiser's internal buffer", "export the model with the producer's export function"),
     "input_quantizer": ("a quantiser's internal buffer", "export the model with the producer's export function"),
 }

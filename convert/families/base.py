@@ -6,6 +6,7 @@ architecture.  Source names need no table of their own: `convert.names` brings e
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -255,6 +256,8 @@ def resolve_architecture(family: Family, config: Mapping[str, Any]) -> dict[str,
             problems.append(
                 Problem("config.json", field.paths[0], _kind_name(field.kind), f"{value!r:.60}", "correct the config")
             )
+        elif isinstance(value, float) and not math.isfinite(value):
+            problems.append(Problem("config.json", field.paths[0], "a finite number", f"{value}", "correct the config"))
         elif isinstance(value, int) and not isinstance(value, bool) and not -1 <= value < 1 << 40:
             problems.append(
                 Problem("config.json", field.paths[0], "a sensible size", f"{value}", "correct the config")
@@ -267,7 +270,13 @@ def resolve_architecture(family: Family, config: Mapping[str, Any]) -> dict[str,
         )
     if problems:
         raise ConvertError(problems)
-    family.finish(architecture, config)
+    try:
+        family.finish(architecture, config)
+        family.dimensions(architecture)
+    except (TypeError, ValueError, AttributeError, IndexError, OverflowError, ZeroDivisionError) as error:
+        raise ConvertError(
+            Problem("config.json", "", f"an architecture of {family.name}", f"malformed values ({error})", "correct the config")
+        ) from None
     return architecture
 
 

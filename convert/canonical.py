@@ -1,0 +1,150 @@
+"""Opens a canonical checkpoint and holds it against its own index, config and family, for `verify`, `export` and `inspect`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from runtime.format import CONFIG_FILE, INDEX_FILE, REPORT_FILE, CanonicalConfig, FormatError, module_tensors
+
+from .errors import ConvertError, Problem, UsageError
+from .families import FAMILIES
+from .families.base import Family, Parameter, Placed, expand, open_items, present_layers
+from .source import TensorInfo, parse_json, read_header, read_json, regular_file
+
+AGAIN = "the checkpoint is damaged: run qconvert IN OUT again"
+
+
+@dataclass(frozen=True, slots=True)
+class Canonical:
+    """A canonical checkpoint whose headers, index and config agree.
+
+    tensors  name -> where it is stored     placed  every module and parameter that its family says it has
+    """
+
+    directory: Path
+    config: CanonicalConfig
+    family: Family
+    files: tuple[str, ...]
+    tensors: dict[str, TensorInfo]
+    placed: tuple[Placed, ...]
+
+
+@contextmanager
+def malformed(what: str) -> Iterator[None]:
+    """Turn what reading damaged JSON values can raise into one `ConvertError` about `what`."""
+    try:
+        yield
+    except (TypeError, ValueError, KeyError, IndexError, AttributeError, OverflowError) as error:
+        raise ConvertError(Problem(what, "", "a canonical checkpoint", f"malformed values ({error!r})", AGAIN)) from None
+
+
+def _read_config(directory: Path) -> CanonicalConfig:
+    value = read_json(regular_file(directory, CONFIG_FILE), CONFIG_FILE)
+    try:
+        return CanonicalConfig.from_json(value)
+    except FormatError as error:
+        file, _, rest = str(error).partition(": expected ")
+        expected, _, tail = rest.partition(", found ")
+        found, _, remedy = tail.partition("; ")
+        raise ConvertError(Problem(file, "", expected or "a canonical config", found, remedy or AGAIN)) from None
+
+
+def _read_index(directory: Path) -> dict[str, str]:
+    index = parse_json(regular_file(directory, INDEX_FILE).read_bytes(), INDEX_FILE).get("weight_map")
+    good = isinstance(index, dict) and all(isinstance(f, str) and f == os.path.basename(f) for f in index.values())
+    if not good or not index:
+        raise ConvertError(Problem(INDEX_FILE, "weight_map", "tensor name -> file name", "something else", AGAIN))
+    return index
+
+
+def _check_parameter(placed: Placed, item: Parameter, config: CanonicalConfig, tensors: dict[str, TensorInfo]) -> str:
+    """What is wrong with a parameter, or nothing."""
+    info = tensors.get(placed.name)
+    if info is None:
+        absent = item.optional or item.dropped or (item.flag and not config.architecture[item.flag])
+        return "" if absent else "no such tensor"
+    shape = placed.shape
+    if shape is None or (len(shape) == len(info.shape) and all(a in (None, b) for a, b in zip(shape, info.shape, strict=True))):
+        return ""
+    return f"{list(info.shape)}"
+
+
+def _problems(config: CanonicalConfig, tensors: dict[str, TensorInfo], placed: list[Placed]) -> Iterator[Problem]:
+    """Where the stored tensors differ from what config and family call for."""
+    for module, spec in config.modules.items():
+        for role, expected in module_tensors(spec).items():
+            name, info = f"{module}.{role}", tensors.get(f"{module}.{role}")
+            fits = info is not None and info.shape == expected.shape
+            if info is None or not fits or (role != "pre_quant_scale" and info.dtype != expected.dtype):
+                found = f"{info.dtype} {list(info.shape)}" if info else "no such tensor"
+                yield Problem(info.file if info else "", name, f"{expected.dtype} {list(expected.shape)}", found, AGAIN)
+    for place in placed:
+        if isinstance(place.item, Parameter):
+            fault = _check_parameter(place, place.item, config, tensors)
+            if fault:
+                expected_shape = list(place.shape) if place.shape is not None else "any shape"
+                yield Problem("", place.name, f"a tensor of {expected_shape}", fault, AGAIN)
+        elif place.name not in config.unfused and place.name not in config.modules:
+            info = tensors.get(f"{place.name}.weight")
+            rows = [n for _, partitions in place.shards for _, n in partitions]
+            lead = () if place.experts is None else (place.experts,)
+            if info is None:
+                yield Problem("", f"{place.name}.weight", "a weight", "no such tensor", AGAIN)
+            elif None not in rows and place.columns is not None:
+                shape = (*lead, sum(n or 0 for n in rows), place.columns)
+                if info.shape != shape:
+                    yield Problem(info.file, info.name, f"a tensor of {list(shape)}", f"{list(info.shape)}", AGAIN)
+
+
+def open_canonical(out_dir: str | os.PathLike[str]) -> Canonical:
+    """Read headers, index and config of a canonical checkpoint; no tensor data.
+
+    Raises `ConvertError` when it is none, is incomplete, or its parts contradict each other; `UsageError` when there is no
+    such directory.
+    """
+    directory = Path(out_dir)
+    if not directory.is_dir():
+        raise UsageError(Problem(str(out_dir), "", "a canonical checkpoint", "no directory", "run qconvert IN OUT first"))
+    config = _read_config(directory)
+    index = _read_index(directory)
+    files = tuple(sorted(set(index.values())))
+    tensors = {info.name: info for file in files for info in read_header(regular_file(directory, file), file)}
+    for name in sorted({*tensors, *index}):
+        stored = tensors[name].file if name in tensors else "no file"
+        if index.get(name) != stored:
+            said = index.get(name, "nothing about it")
+            raise ConvertError(Problem(INDEX_FILE, name, f"the tensor in {stored}, where it is", f"{said}", AGAIN))
+    family = next((f for f in FAMILIES if f.name == config.family), None)
+    if family is None:
+        raise ConvertError(Problem(CONFIG_FILE, "family", "a known family", f"{config.family}", "use a newer qconvert"))
+    with malformed(CONFIG_FILE):
+        present = present_layers(family, config.architecture, tensors)
+        if config.architecture.get("head") == "separate":
+            present.setdefault("lm_head", 0)
+        placed = list(expand(family, config.architecture, present))
+        weights = [n for n in tensors if n.rpartition(".")[0] not in config.modules or n.endswith((".weight", ".bias"))]
+        for part in family.parts:
+            if part.open:
+                placed += open_items(part, weights, lambda module: module in config.modules)
+        problems = list(_problems(config, tensors, placed))
+    if problems:
+        raise ConvertError(problems)
+    return Canonical(directory, config, family, files, tensors, tuple(placed))
+
+
+def read_report(directory: Path) -> dict[str, Any]:
+    """`conversion.json`, or an empty one when there is none.  Raises `ConvertError` when it is damaged."""
+    if not (directory / REPORT_FILE).exists():
+        return {}
+    report = read_json(regular_file(directory, REPORT_FILE), REPORT_FILE)
+    lists = ("repairs", "contradictions", "dropped", "sources", "outputs")
+    if any(not isinstance(report.get(key, []), list) for key in lists):
+        raise ConvertError(Problem(REPORT_FILE, "", "the report of a conversion", "malformed values", AGAIN))
+    return report
+
+
