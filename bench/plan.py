@@ -14,7 +14,6 @@ import argparse
 import json
 import os
 import platform
-import resource
 import subprocess
 import sys
 import tempfile
@@ -459,8 +458,10 @@ def measure(folder: str) -> dict[str, float]:
     read = time.perf_counter()
     plan = plan_source(source)
     end = time.perf_counter()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return {"read_s": read - start, "plan_s": end - read, "peak_mb": peak / 1e6, "steps": len(plan.steps)}
+    # Not `ru_maxrss`: that survives exec, and so holds the peak of the process that started this one.
+    status = Path("/proc/self/status").read_text().splitlines()
+    peak_kib = next(int(line.split()[1]) for line in status if line.startswith("VmHWM"))
+    return {"read_s": read - start, "plan_s": end - read, "peak_mb": peak_kib * 1024 / 1e6, "steps": len(plan.steps)}
 
 
 def run(case: Case, folder: Path, runs: int) -> dict[str, Any]:

@@ -196,6 +196,15 @@ class _Build:
         canonical = canonical_name(wrapped.path, self.family.names)
         return hub_name(canonical, self.roots) if canonical is not None else None
 
+    @staticmethod
+    def root_as_stored(wrapped: Wrapped, path: str) -> str:
+        """The hub path of a saved module, with the first segment that it was saved under.
+
+        transformers 5 renames `backbone.` to `model.` as it loads; peft 0.21 does so for LoRA tensors, not for saved modules.
+        """
+        stored = wrapped.path.removeprefix(PEFT_PREFIX)
+        return stored if stored.partition(".")[2] == path.partition(".")[2] else path
+
     def wrong(self, info: TensorInfo, expected: str, found: str, remedy: str = EXPORT_AGAIN) -> None:
         self.problems.append(Problem(info.file, info.name, expected, found, remedy))
 
@@ -223,7 +232,7 @@ class _Build:
         named: dict[str, TensorInfo] = {}
         for wrapped, info, path in plain:
             if wrapped.part == SAVED:
-                new = f"{PEFT_PREFIX}{path}.{wrapped.rest}"
+                new = f"{PEFT_PREFIX}{self.root_as_stored(wrapped, path)}.{wrapped.rest}"
             elif (path, wrapped.depth) in modules:
                 layers = f".{PEFT_LAYER}" * modules[path, wrapped.depth].depth
                 rest = wrapped.rest if PARTS[wrapped.part] is None else PARTS[wrapped.part]
@@ -331,8 +340,10 @@ class _Build:
             if r is not None and counts:
                 self.notes.append(f"{file} says r = {r}, the tensors of adapter {name} have rank {common}: they win")
             r = common
-        others = [key for key, rank in ranks.items() if rank != r]
-        rank_pattern = {re.escape(s): ranks[key] for key, s in self.suffixes(others, ranks).items()}
+        rank_pattern = {}
+        for other in sorted(counts.keys() - {r}):
+            of_this_rank = [key for key, rank in ranks.items() if rank == other]
+            rank_pattern.update({re.escape(s): other for s in self.suffixes(of_this_rank, ranks).values()})
         alpha = given.get("lora_alpha")
         alpha_pattern: Mapping[str, Any] = {}
         if isinstance(alpha, (int, float)) and not isinstance(alpha, bool):
@@ -367,7 +378,7 @@ class _Build:
             "lora_bias": ("lora_B", "bias") in parts,
             "use_dora": any(part == "lora_magnitude_vector" for part, _ in parts),
             "target_modules": sorted(set(self.suffixes(targets, self.known).values())),
-            "target_parameters": sorted(set(self.suffixes(parameters, self.parameter_names()).values())) or None,
+            "target_parameters": sorted(set(self.suffixes(parameters, self.parameter_names(), least=2).values())) or None,
             "modules_to_save": sorted(set(self.suffixes(saved, self.known, parts_of_segments=True).values())) or None,
         }
 
@@ -384,9 +395,9 @@ class _Build:
 
     @staticmethod
     def suffixes(
-        wanted: Collection[str], known: Iterable[str], *, parts_of_segments: bool = False
+        wanted: Collection[str], known: Iterable[str], *, least: int = 1, parts_of_segments: bool = False
     ) -> dict[str, str]:
-        """Each wanted name -> the shortest run of its last segments that no unwanted name ends with.
+        """Each wanted name -> the shortest run of its last segments, `least` of them, that no unwanted name ends with.
 
         This is how peft reads lists of targets: whole segments; but it reads `modules_to_save` by `parts_of_segments`, where
         "norm" also means `q_norm`.
@@ -409,11 +420,11 @@ class _Build:
         result = {}
         for name in wanted:
             tail = ""
-            for segment in reversed(name.split(".")):
-                if free(segment, tail):
-                    tail = f".{segment}{tail}"
-                    break
+            for count, segment in enumerate(reversed(name.split(".")), 1):
+                found = count >= least and free(segment, tail)
                 tail = f".{segment}{tail}"
+                if found:
+                    break
             result[name] = tail[1:]
         return result
 

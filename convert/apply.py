@@ -35,7 +35,9 @@ def transform(name: str, data: bytes, dtype: str, columns: int = 1) -> bytes:
     if name.startswith("transpose"):
         values = np.frombuffer(data, np.dtype(f"V{DTYPE_BYTES[dtype]}")).reshape(-1, columns)
         data = np.ascontiguousarray(values.T).tobytes()
-        return data if name == "transpose" else to_float32(data, dtype).tobytes()
+        name = name.removeprefix("transpose").removeprefix("_")
+        if not name:
+            return data
     if name == "e8m0":
         return e8m0_to_float32(data).tobytes()
     values32 = to_float32(data, dtype)
@@ -63,13 +65,14 @@ def find_fault(check: str, data: bytes | memoryview, dtype: str, name: str = "co
     if check == "e8m0_scale":
         nan = int((codes == 0xFF).sum())
         return f"{nan} NaN" if nan else None
-    values = e8m0_to_float32(data) if name == "e8m0" else to_float32(data, dtype)
-    if name == "e8m0" and (codes == 0xFF).any():
+    exponents = name.endswith("e8m0")
+    values = e8m0_to_float32(data) if exponents else to_float32(data, dtype)
+    if exponents and (codes == 0xFF).any():
         return f"{int((codes == 0xFF).sum())} NaN"
     for what, bad in (
         ("NaN", np.isnan(values)),
         ("infinite", np.isinf(values)),
-        ("negative", (values < 0) & (check != "multiplier")),
+        ("negative", values < 0),
         ("zero", (values == 0) & (check == "scale")),
     ):
         if bad.any():
@@ -91,3 +94,8 @@ def count_zeros(check: str, data: bytes | memoryview, dtype: str) -> int:
     if check == "block_scale" and dtype in ("F32", "F16", "BF16"):
         return int((to_float32(data, dtype) == 0).sum())
     return 0
+
+
+def mean(data: bytes, dtype: str) -> float:
+    """Average of a float tensor's values."""
+    return float(to_float32(data, dtype).astype(np.float64).mean())

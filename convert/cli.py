@@ -126,6 +126,15 @@ def cli() -> None:
     """
 
 
+def _adapter_line(adapter: dict[str, Any]) -> str:
+    """One LoRA adapter, in one line."""
+    config = adapter["config"]
+    return printable(
+        f"adapter {adapter['name']}: LoRA r {config['r']}, lora_alpha {config['lora_alpha']}, {len(adapter['tensors'])} tensors, "
+        f"{human(adapter['bytes'])}, in {adapter['directory']}/"
+    )
+
+
 def _print_plan(plan: Any) -> None:
     """A plan for people: what happens to how many tensors, with examples, then everything unusual."""
     from .plan import ACTIONS
@@ -149,6 +158,12 @@ def _print_plan(plan: Any) -> None:
     click.echo(f"\ndrop ({len(plan.dropped)})")
     for dropped in plan.dropped:
         click.echo(f"  {printable(dropped.tensor)}: {dropped.reason}")
+    for adapter in plan.adapters:
+        click.echo(f"\n{_adapter_line(adapter.to_json())}")
+        for new, info in adapter.tensors[:3]:
+            click.echo(f"  {printable(info.name)}\n    -> {printable(new)} {info.dtype} {list(info.shape)}")
+        if len(adapter.tensors) > 3:
+            click.echo(f"  ... and {len(adapter.tensors) - 3} more")
     for title, lines in (("repairs", plan.repairs), ("contradictions", plan.contradictions)):
         click.echo(f"\n{title} ({len(lines)})")
         for line in lines:
@@ -259,6 +274,8 @@ def inspect_command(directory: str, as_json: bool) -> None:
             click.echo(f"  {printable(line)}")
     for dropped in facts["dropped"]:
         click.echo(f"  dropped {printable(dropped['tensor'])}: {printable(dropped['reason'])}")
+    for adapter in facts["adapters"]:
+        click.echo(_adapter_line(adapter))
 
 
 @cli.command("verify", context_settings=CONTEXT)

@@ -21,19 +21,20 @@ from typing import Any, BinaryIO
 
 from runtime.format import CONFIG_FILE, INDEX_FILE, REPORT_FILE
 
-from .apply import count_zeros, find_fault, transform
+from .apply import count_zeros, find_fault, mean, transform
 from .errors import ConvertError, MachineError, Problem
 from .ops import CHECKS, Step
 from .plan import Plan
 from .planner import DEFAULT_SHARD_SIZE, plan_source
 from .safetensors_writer import header_bytes
-from .source import SourceFile, TensorInfo, read_source
+from .source import ADAPTER_CONFIG, ADAPTER_WEIGHTS, SourceFile, TensorInfo, read_source
 from .staging import check_target, staged
 
 CHUNK = 4 << 20
 COPY_AT_ONCE = 64 << 20  # bytes that the kernel copies between two looks at progress
 # copy_file_range's answers where it is not available between two files; reads and writes take over.
 NOT_POSSIBLE = frozenset({errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF})
+SHIFTED_NORM = 0.5  # a zero-centred norm averages around 0, one that holds 1 + weight around 1
 STREAMED_CHECKS = frozenset({"fp8_codes", "e4m3_scale", "e8m0_scale"})
 
 Progress = Callable[[int], None]  # called with the number of bytes written since the last call
@@ -111,8 +112,13 @@ def check_values(plan: Plan, files: _Files) -> int:
     """
     problems: list[Problem] = []
     zeros = 0
+    norms: list[tuple[TensorInfo, float]] = []
     for step in plan.steps:
         if not step.check or step.check in STREAMED_CHECKS:
+            continue
+        if step.check == "zero_centred":
+            (info,) = plan.source_of(step)
+            norms.append((info, mean(files.read(info), info.dtype)))
             continue
         for term in step.terms:
             info = plan.source.tensors[term.source].rows(term.rows)
@@ -121,6 +127,15 @@ def check_values(plan: Plan, files: _Files) -> int:
             if found:
                 problems += _fault(info, step.check, found).problems
             zeros += count_zeros(step.check, data, info.dtype)
+    if norms and all(value > SHIFTED_NORM for _, value in norms):
+        info, value = norms[0]
+        problems.append(
+            Problem(
+                info.file, info.name, "norm weights around 0, to which the model adds 1",
+                f"{value:.2f} on average, and above {SHIFTED_NORM} in all {len(norms)} norms: 1 is added already",
+                "subtract 1 from them, or take the checkpoint of the original publisher",
+            )
+        )
     if problems:
         raise ConvertError(problems)
     return zeros
@@ -233,6 +248,23 @@ def _copy_side_files(plan: Plan, staging: Path) -> None:
         shutil.copyfile(path, target)
 
 
+def _write_adapters(plan: Plan, files: _Files, staging: Path, stop: threading.Event) -> list[str]:
+    """Write the LoRA adapters beside the base, byte for byte.  Returns the names of their files."""
+    written = []
+    for adapter in plan.adapters:
+        folder = staging / adapter.directory
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / ADAPTER_WEIGHTS).open("wb", buffering=0) as stream:
+            target = _Target(stream, lambda _: None, stop)
+            target.write(header_bytes((name, i.dtype, i.shape, i.end - i.start) for name, i in adapter.tensors))
+            for _, info in adapter.tensors:
+                target.copy_range(files, info)
+            os.fsync(stream.fileno())
+        write_json(folder / ADAPTER_CONFIG, dict(adapter.config))
+        written += [f"{adapter.directory}/{name}" for name in (ADAPTER_WEIGHTS, ADAPTER_CONFIG)]
+    return written
+
+
 def _write_metadata(plan: Plan, staging: Path) -> None:
     """Write index and config."""
     index = {plan.steps[i].name: name for name, indices in plan.shards.items() for i in indices}
@@ -257,8 +289,9 @@ def _execute(plan: Plan, staging: Path, workers: int, hashes: bool, progress: Pr
             done, _ = wait(shards, return_when=FIRST_EXCEPTION)
             zeros += sum(f.result() for f in done)
             _copy_side_files(plan, staging)
+            adapter_files = _write_adapters(plan, files, staging, stop)
             _write_metadata(plan, staging)
-            written = [*plan.shards, INDEX_FILE, CONFIG_FILE, *sorted(source.side_files)]
+            written = [*plan.shards, INDEX_FILE, CONFIG_FILE, *adapter_files, *sorted(source.side_files)]
             outputs = [hasher.submit(file_digest, staging / n) for n in written] if hashes else []
             source_digests = [f.result() for f in inputs]
             output_digests = [f.result() for f in outputs]
@@ -299,6 +332,7 @@ def _report(plan: Plan, zeros: int) -> dict[str, Any]:
         "repairs": plan.repairs,
         "contradictions": plan.contradictions,
         "dropped": [{"tensor": d.tensor, "reason": d.reason} for d in plan.dropped],
+        "adapters": [adapter.to_json() for adapter in plan.adapters],
         "zero_block_scales": zeros,
         "side_files": sorted(plan.source.side_files),
         "skipped_files": dict(sorted(plan.source.skipped.items())),
@@ -349,7 +383,8 @@ def convert_checkpoint(
 
     try:
         side_bytes = sum(p.stat().st_size for p in plan.source.side_files.values())
-        with staged(out, plan.total_bytes + side_bytes) as staging:
+        adapter_bytes = sum(adapter.nbytes for adapter in plan.adapters)
+        with staged(out, plan.total_bytes + side_bytes + adapter_bytes) as staging:
             report = _execute(plan, staging, workers or default_workers(), hashes, advance)
             if verify:
                 from .verifier import verify_conversion

@@ -95,7 +95,9 @@ class _Checkpoint:
         values = dequantize_rows(output.spec, roles, first, last)
         if output.spec.pre_quant_scale:
             name = f"{output.module}.pre_quant_scale"
-            values = values * to_float32(self.raw(name).tobytes(), self.tensors[name].dtype)[None, :]
+            factors = to_float32(self.raw(name).tobytes(), self.tensors[name].dtype).reshape(-1, output.spec.shape[1])
+            expert = np.arange(first, last) // (output.spec.shape[0] // len(factors))
+            values = values * factors[expert]
         return values
 
 

@@ -80,6 +80,7 @@ def inspect_checkpoint(directory: str | os.PathLike[str]) -> dict[str, Any]:
             "repairs": report.get("repairs", []),
             "contradictions": report.get("contradictions", []),
             "dropped": report.get("dropped", []),
+            "adapters": report.get("adapters", []),
         }
     plan = plan_conversion(path)
     return {
@@ -92,4 +93,5 @@ def inspect_checkpoint(directory: str | os.PathLike[str]) -> dict[str, Any]:
         "repairs": plan.repairs,
         "contradictions": plan.contradictions,
         "dropped": [{"tensor": d.tensor, "reason": d.reason} for d in plan.dropped],
+        "adapters": [adapter.to_json() for adapter in plan.adapters],
     }

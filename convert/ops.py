@@ -28,6 +28,7 @@ TRANSFORMS: Mapping[str, Transform] = {
     "reciprocal": Transform(DENSE_DTYPES, "F32", "float32 nearest to 1 / x: a divisor becomes a multiplier"),
     "e8m0": Transform(("F8_E8M0", "U8"), "F32", "2 ** (byte - 127), exact"),
     "transpose": Transform(tuple(DTYPE_BYTES), None, "the last two axes exchanged"),
+    "transpose_e8m0": Transform(("F8_E8M0", "U8"), "F32", "the last two axes exchanged, then 2 ** (byte - 127)"),
     "transpose_f32": Transform(DENSE_DTYPES, "F32", "the last two axes exchanged, then widened to float32"),
 }
 
@@ -36,7 +37,7 @@ CHECKS: Mapping[str, str] = {
     "": "anything",
     "scale": "finite and greater than 0",
     "block_scale": "finite and not negative; zeros are counted",
-    "multiplier": "finite",
+    "zero_centred": "of a norm that multiplies by 1 + weight",
     "fp8_codes": "no NaN code (0x7F, 0xFF)",
     "e4m3_scale": "no NaN code and not negative; zeros are counted",
     "e8m0_scale": "no NaN code (0xFF)",

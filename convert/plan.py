@@ -9,6 +9,7 @@ from typing import Any
 
 from runtime.format import CanonicalConfig
 
+from .adapters import Adapter
 from .ops import Step
 from .source import Source, TensorInfo
 
@@ -38,6 +39,7 @@ class Plan:
 
     steps           every canonical tensor, in the order of the model
     shards          file name -> indices of `steps` it holds, in the order of their bytes
+    adapters        LoRA adapters found in the checkpoint, written beside the base
     repairs         what was wrong and is mended; `contradictions`: where config and tensors (or two configs) disagree
     """
 
@@ -50,6 +52,7 @@ class Plan:
     repairs: list[str] = field(default_factory=list)
     contradictions: list[str] = field(default_factory=list)
     shards: dict[str, list[int]] = field(default_factory=dict)
+    adapters: list[Adapter] = field(default_factory=list)
 
     @property
     def total_bytes(self) -> int:
@@ -105,6 +108,7 @@ class Plan:
                 for s in self.steps
             ],
             "dropped": [{"tensor": d.tensor, "reason": d.reason} for d in self.dropped],
+            "adapters": [adapter.to_json() for adapter in self.adapters],
             "repairs": list(self.repairs),
             "contradictions": list(self.contradictions),
             "side_files": sorted(self.source.side_files),

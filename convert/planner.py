@@ -23,6 +23,7 @@ from runtime.format import (
     module_tensors,
 )
 
+from .adapters import SAVED, Wrapped, build_adapters, find_adapters, stand_ins, without_marks
 from .dialects import DIALECTS, find_configs, refused
 from .dialects.base import DENSE, SCALAR, Encoding, Module, Rules
 from .errors import ConvertError, Problem
@@ -44,7 +45,7 @@ from .families.base import (
     resolve_architecture,
     text_config,
 )
-from .names import PEFT_LAYER, canonical_name
+from .names import PEFT_SEGMENTS, canonical_name
 from .ops import Step, Term, coalesce, term_nbytes
 from .plan import Dropped, Plan
 from .recognise import INCOMPLETE, Recognised, Settled, Stack, disagreements, encodings_for, recognise, settle
@@ -122,7 +123,7 @@ class _Stored:
         if self.expert is not None and _numel(info) > 1:
             rows = (self.expert, self.expert + 1)
             if self.transposed and len(info.shape) == 3:
-                transform = {"copy": "transpose", "f32": "transpose_f32"}[transform]
+                transform = "transpose" if transform == "copy" else f"transpose_{transform}"
             repeat = partitions if SCALAR[0] in stored.shapes and _numel(info) == info.shape[0] else 1
             return Term(info.name, transform, repeat, rows)
         scalar = SCALAR[0] in stored.shapes and _numel(info) == 1
@@ -154,14 +155,26 @@ class _Planner:
     recognised: dict[Any, Recognised] = field(default_factory=dict)
     files_near: dict[str, str] = field(default_factory=dict)
     spelling_of_root: dict[str, str] = field(default_factory=dict)
+    wrapped: dict[str, Wrapped] = field(default_factory=dict)
 
     # -- names ------------------------------------------------------------------------------------------------------
 
     def index_names(self) -> None:
         """Give each stored tensor its canonical name; two that meet in one name are refused."""
+        self.wrapped = find_adapters(self.source.tensors)
+        base = [info for info in self.source.tensors.values() if info.name not in self.wrapped]
+        self.index_tensors((info.name, info) for info in base)
+        copies = stand_ins(self.wrapped, self.by_name, self.family, self.architecture["head"] == "tied")
+        for copy in copies:
+            del self.wrapped[copy]
+            self.repairs.append(f"{copy} is the base's: the module it was copied from is not in the files")
+        self.index_tensors((without_marks(copy), self.source.tensors[copy]) for copy in copies)
+
+    def index_tensors(self, tensors: Iterable[tuple[str, TensorInfo]]) -> None:
+        """Index stored tensors under the names that they have without adapters."""
         roots = ", ".join(self.family.names.roots)
-        for info in self.source.tensors.values():
-            name = canonical_name(info.name, self.family.names)
+        for stored, info in tensors:
+            name = canonical_name(stored, self.family.names)
             if name is None:
                 expected = f"a tensor of {self.family.name} (below {roots})"
                 self.problem(info, expected, "an unknown name", "remove it, or convert with a version that knows it")
@@ -299,7 +312,8 @@ class _Planner:
             expected = f"{'/'.join(item.dtypes)} {list(placed.shape) if placed.shape is not None else 'of any shape'}"
             self.problem(info, expected, f"{info.dtype} {list(info.shape)}", "the tensor does not fit config.json")
             return
-        self.steps.append(Step(placed.name, info.dtype, info.shape or (1,), (Term(info.name),)))
+        check = "zero_centred" if item.zero_centred else ""
+        self.steps.append(Step(placed.name, info.dtype, info.shape or (1,), (Term(info.name),), check))
 
     def linear(self, placed: Placed, item: Linear) -> None:
         """Plan a linear: gather its stored projections, then emit it fused, or separately where schemes differ."""
@@ -426,9 +440,11 @@ class _Planner:
             self.missing(f"{name}.weight", f"a weight of {list(shape)}" if shape else "a weight")
             return None
         first = next(iter(tensors.values()))
-        spelling = first.name.rpartition(".")[0]
+        spelling, _, last = first.name.rpartition(".")
+        if last in self.joined and spelling.endswith("experts"):
+            spelling += f".{self.joined[last][0]}"
         spellings = (spelling, hub_name(name, self.family.hub_roots[0]), f"language_model.{name}")
-        module = Module(name, spellings, placed.name, item.linear)
+        module = Module(name, spellings, placed.name, item.linear, self.first_expert(placed, name))
         claims = [(r, r.claim(module)) for r in self.rules if not r.silent]
         claimed = next((c.scheme for _, c in claims), None)
         found = self.recognise(tensors, shape, len(partitions), claimed, stack)
@@ -459,6 +475,14 @@ class _Planner:
             use = f"{settled.activations}, which needs none" if settled.activations else "weight-only"
             self.dropped.append(Dropped(info.name, f"its config says that the input of this module is {use}"))
         return result
+
+    def first_expert(self, placed: Placed, name: str) -> tuple[str, ...]:
+        """Names of the first expert's projections: configs that name one expert, or each, mean them for a stack too."""
+        if placed.experts is None:
+            return ()
+        last = name.rpartition(".")[2]
+        shards = [n.rpartition(".")[2] for n, _ in placed.shards]
+        return tuple(f"{placed.parent}.0.{s}" for s in (shards if last not in shards else [last]))
 
     def recognise(
         self,
@@ -665,9 +689,11 @@ class _Planner:
             if info.name == canonical:
                 continue
             segments = info.name.split(".")
-            if PEFT_LAYER in segments:
+            if SAVED in segments:
+                segments = without_marks(info.name).split(".")
+            if not PEFT_SEGMENTS.isdisjoint(segments):
                 peft += 1
-                segments = [s for s in segments if s != PEFT_LAYER]
+                segments = [s for s in segments if s not in PEFT_SEGMENTS]
             root = next(r for k, r in self.family.names.roots.items() if canonical == r or canonical.startswith(r + "."))
             tail = canonical.removeprefix(root)
             stem = ".".join(segments)
@@ -677,7 +703,7 @@ class _Planner:
                 prefixes[f"{old}.* -> {new}.*" if old and new else f"{before} -> {root}"] += 1
         lines += [f"prefix {change} ({count} tensors)" for change, count in sorted(prefixes.items())]
         if peft:
-            lines.append(f"{PEFT_LAYER} removed from names ({peft} tensors)")
+            lines.append(f"{' and '.join(sorted(PEFT_SEGMENTS))} removed from names ({peft} tensors)")
         sentinels = sum(r.repairs.count("sentinel") for r in self.rules)
         if sentinels:
             lines.append(f"corrupted module names in the quantisation config repaired ({sentinels} names)")
@@ -845,6 +871,10 @@ def plan_source(source: Source, shard_size: int = DEFAULT_SHARD_SIZE) -> Plan:
                 planner.steps += [s for n, s in kv_steps.items() if n.rpartition(".")[0] == place.parent]
     planner.check_optional_scales()
     planner.leftovers(present)
+    adapters, problems, notes = build_adapters(planner.wrapped, source, family, placed, planner.by_name.keys())
+    planner.problems += problems
+    for line in notes:
+        planner.note(line)
     if planner.problems:
         raise ConvertError(planner.problems)
     declared = [r.dialect for r in rules]
@@ -869,6 +899,7 @@ def plan_source(source: Source, shard_size: int = DEFAULT_SHARD_SIZE) -> Plan:
         dropped=planner.dropped,
         repairs=planner.describe_repairs(),
         contradictions=planner.describe_contradictions(),
+        adapters=adapters,
     )
     _check_sizes(plan)
     plan.shards = _pack(plan.steps, shard_size)

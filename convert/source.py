@@ -42,6 +42,7 @@ REPLACED = {  # file name -> why it is not copied
     QUANT_FILE: "merged into the canonical config.json",
     INDEX_FILE: "replaced by the index of the new files",
     REPORT_FILE: "replaced by the report of this conversion",
+    ADAPTER_CONFIG: "written anew to adapter/ when the checkpoint holds the adapter's tensors",
 }
 
 
@@ -88,6 +89,7 @@ class Source:
 
     tensors      name -> `TensorInfo`, in file order
     config       `config.json`;  quant_file  `hf_quant_config.json`, or None
+    adapter_configs  folder ("" for the checkpoint itself) -> its `adapter_config.json`
     side_files   relative path -> absolute path of files to carry byte for byte
     skipped      relative path -> why a file is not carried
     """
@@ -97,6 +99,7 @@ class Source:
     tensors: dict[str, TensorInfo]
     config: dict[str, Any]
     quant_file: dict[str, Any] | None
+    adapter_configs: dict[str, dict[str, Any]] = field(default_factory=dict)
     side_files: dict[str, Path] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
 
@@ -268,8 +271,10 @@ def _side_files(directory: Path, shards: set[str]) -> tuple[dict[str, Path], dic
             path = (relative / name).as_posix()
             if path in shards or name.startswith("."):
                 continue
-            if path in REPLACED:
-                skipped[path] = REPLACED[path]
+            if path in REPLACED or name == ADAPTER_CONFIG:
+                skipped[path] = REPLACED[name]
+            elif name == ADAPTER_WEIGHTS:
+                skipped[path] = "an adapter beside the checkpoint: peft can load it on the exported base"
             elif path.endswith(".safetensors.index.json"):
                 skipped[path] = REPLACED[INDEX_FILE]
             elif Path(name).suffix in NOT_CARRIED:
@@ -330,6 +335,13 @@ def read_source(in_dir: str | os.PathLike[str]) -> Source:
     if (directory / QUANT_FILE).exists():
         quant_file = read_json(regular_file(directory, QUANT_FILE), QUANT_FILE)
 
+    adapter_configs = {}
+    for found in sorted((*directory.glob(ADAPTER_CONFIG), *directory.glob(f"*/{ADAPTER_CONFIG}"))):
+        name = found.relative_to(directory).as_posix()
+        folder = name.rpartition("/")[0]
+        if not folder.startswith("."):
+            adapter_configs[folder] = read_json(regular_file(directory, name), name)
+
     files: dict[str, SourceFile] = {}
     tensors: dict[str, TensorInfo] = {}
     problems: list[Problem] = []
@@ -348,4 +360,4 @@ def read_source(in_dir: str | os.PathLike[str]) -> Source:
     if problems:
         raise ConvertError(problems)
     carried, skipped = _side_files(directory, set(shards))
-    return Source(directory, files, tensors, config, quant_file, carried, skipped)
+    return Source(directory, files, tensors, config, quant_file, adapter_configs, carried, skipped)

@@ -22,13 +22,14 @@ from numpy.typing import NDArray
 
 from runtime.format import CONFIG_FILE, REPORT_FILE, CanonicalConfig, ModuleSpec, ceil_div
 
+from .adapters import DIRECTORY, Adapter, without_marks
 from .canonical import Canonical, malformed, open_canonical, read_report
 from .errors import ConvertError, Problem
 from .executor import file_digest
 from .families.base import Parameter, Placed, joined_names
 from .names import canonical_name
 from .planner import plan_source
-from .source import Source, read_source
+from .source import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Source, read_source
 
 PIECE = 16 << 20  # bytes compared at a time
 
@@ -256,7 +257,9 @@ class _Verifier:
         ours = self.target[name]
         if spec is None or role in ("weight", "pre_quant_scale", "bias") or ours.dtype != "F32":
             if role == "pre_quant_scale":
-                self.same_bytes(name, ours.raw(), stored, element_bytes)
+                expert = row // entry.shape[0] if entry and entry.experts else 0
+                place = ours.rows(expert, expert + 1, 2) if len(ours.shape) > 1 else ours.raw()
+                self.same_bytes(name, place, stored, element_bytes)
             else:
                 count = stored.shape[0] if stored.shape else 1
                 self.same_bytes(name, ours.rows(row, row + count, 2), stored, element_bytes)
@@ -328,8 +331,11 @@ def _verify(source: Source, out: Canonical) -> Verified:
     stored: dict[str, _Tensor] = {}
     names: dict[str, str] = {}
     joined = joined_names(family, ROLES)
-    for name, tensor in _open(source.directory, list(source.files)).items():
-        canonical = canonical_name(name, family.names) or name
+    plan = plan_source(source)
+    opened = _open(source.directory, list(source.files))
+    adapted = {info.name: opened.pop(info.name) for adapter in plan.adapters for _, info in adapter.tensors}
+    for name, tensor in opened.items():
+        canonical = canonical_name(without_marks(name), family.names) or name
         module, _, suffix = canonical.rpartition(".")
         if suffix in joined and module.endswith(".experts"):
             canonical = ".".join((module, *joined[suffix]))
@@ -371,16 +377,46 @@ def _verify(source: Source, out: Canonical) -> Verified:
         copy = out.directory / relative
         if not copy.is_file() or file_digest(copy) != file_digest(path):
             verifier.problems.append(Problem(relative, "", "a byte-for-byte copy", "a difference", "convert again"))
-    verifier.problems += _config_problems(source, config)
+    verifier.problems += _adapter_problems(plan.adapters, adapted, out.directory)
+    verifier.problems += _config_problems(plan.config, config)
     if verifier.problems:
         raise ConvertError(verifier.problems)
     total = sum(len(t.data) for t in verifier.target.values())
     return Verified(len(verifier.target), elements, total, len(source.side_files))
 
 
-def _config_problems(source: Source, config: CanonicalConfig) -> list[Problem]:
+def _adapter_problems(adapters: Sequence[Adapter], stored: Mapping[str, _Tensor], out_dir: Path) -> list[Problem]:
+    """Where OUT's adapters differ from IN's: bytes are compared with IN, names and configs with a fresh plan."""
+    again = "OUT is not a conversion of IN: convert again"
+    expected = {a.directory: a for a in adapters}
+    present = {p.parent.relative_to(out_dir).as_posix() for p in (out_dir / DIRECTORY).glob(f"**/{ADAPTER_WEIGHTS}")}
+    problems = []
+    for directory in sorted(present ^ expected.keys()):
+        words = ("an adapter", "none") if directory in expected else ("no adapter", "one")
+        problems.append(Problem(f"{directory}/{ADAPTER_WEIGHTS}", "", *words, again))
+    for directory in sorted(present & expected.keys()):
+        file = f"{directory}/{ADAPTER_WEIGHTS}"
+        ours, sources = _open(out_dir, [file]), dict(expected[directory].tensors)
+        for name in sorted(ours.keys() ^ sources.keys()):
+            words = ("a tensor", "none") if name in sources else ("no such tensor", "one")
+            problems.append(Problem(file, name, *words, again))
+        for name in sorted(ours.keys() & sources.keys()):
+            theirs = stored[sources[name].name]
+            alike = (ours[name].dtype, ours[name].shape) == (theirs.dtype, theirs.shape)
+            if not alike or not np.array_equal(ours[name].raw(), theirs.raw()):
+                problems.append(Problem(file, name, f"what {sources[name].name} holds", "something else", again))
+        try:
+            config = json.loads((out_dir / directory / ADAPTER_CONFIG).read_bytes())
+        except (OSError, ValueError) as error:
+            config = str(error)
+        for path, want, have in _differences("", dict(expected[directory].config), config):
+            problems.append(Problem(f"{directory}/{ADAPTER_CONFIG}", path, f"{want!r:.80}", f"{have!r:.80}", again))
+    return problems
+
+
+def _config_problems(wanted: CanonicalConfig, config: CanonicalConfig) -> list[Problem]:
     """Where OUT's config.json differs from what IN calls for: the same bytes under another config mean something else."""
-    expected, found = plan_source(source).config.to_json(), config.to_json()
+    expected, found = wanted.to_json(), config.to_json()
     problems = []
     for path, want, have in _differences("", expected, found):
         problems.append(

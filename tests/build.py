@@ -4,10 +4,10 @@ Nothing here calls `convert` or `runtime`.  The builder chooses quantised codes 
 producer's dialect, and computes from the same codes and scales, with numpy in float32, the dense weights and the
 canonical tensors that a converter must arrive at.  The formulas are those of the producers (docs/format.md names them).
 
-A *plain* name is a Hugging Face name without its wrapper prefix and before fusing: `model.layers.0.self_attn.q_proj`,
-`lm_head`, `mtp.fc`, `visual.pos_embed`.  `PREFIXES` turns plain names into the names on disk.
+What a model consists of, and *plain* names, are the business of `networks`.  A plain name of a projection with a suffix
+(`...experts.2.gate_proj.weight_scale`) names a tensor; `LAYOUTS` say how the tensors of experts lie on disk.
 
-Letters: N out features, K in features, P partitions of a fused module.
+Letters: N out features, K in features, P partitions of a fused module, E experts.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from networks import FAMILIES, PREFIXES, SIZES, Linear, Network, Prefix, Sizes, Variant, expert_of, fused_name
 from numpy.typing import NDArray
 
 Array = NDArray[Any]
@@ -119,6 +120,17 @@ def join(tensors: Iterable[Raw]) -> Raw:
     return Raw(parts[0].dtype, shape, b"".join(t.data for t in parts))
 
 
+def stack(tensors: Iterable[Raw], transposed: bool = False) -> Raw:
+    """Put tensors of one shape on a new first axis; `transposed`: with the axes of each matrix exchanged."""
+    parts = list(tensors)
+    assert len({(t.dtype, t.shape) for t in parts}) == 1
+    dtype, shape = parts[0].dtype, parts[0].shape
+    cells = np.frombuffer(b"".join(t.data for t in parts), f"V{_WIDTH[dtype]}").reshape(len(parts), *shape)
+    if transposed and len(shape) == 2:
+        cells = np.ascontiguousarray(cells.transpose(0, 2, 1))
+    return Raw(dtype, cells.shape, cells.tobytes())
+
+
 # ------------------------------------------------------------------------------------------------------ files on disk
 
 
@@ -189,257 +201,6 @@ def edit_json(path: Path, change: Callable[[Any], object]) -> None:
     change(value)
     write_json(path, value)
 
-
-# ---------------------------------------------------------------------------------------------------------- networks
-
-
-@dataclass(frozen=True, slots=True)
-class Sizes:
-    """Dimensions of a tiny network; `key_heads` to `value_dim` describe the linear attention of qwen3_5."""
-
-    hidden: int
-    intermediate: int
-    vocab: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    key_heads: int
-    value_heads: int
-    key_dim: int
-    value_dim: int
-
-
-SIZES: Mapping[str, Sizes] = {
-    # Every K a multiple of 32, no two partitions of a group equal where the architecture lets them differ.
-    "small": Sizes(64, 96, 80, 4, 2, 16, 2, 4, 16, 24),
-    # Partial last blocks along N and K; q, k, v of linear attention end inside a block.
-    "block": Sizes(160, 224, 144, 6, 2, 32, 2, 4, 32, 40),
-    # q, k, v of linear attention end on block boundaries; only the end of v is partial.
-    "aligned": Sizes(160, 224, 144, 4, 2, 64, 2, 4, 64, 40),
-}
-
-
-@dataclass(frozen=True, slots=True)
-class Linear:
-    """A projection of the source: plain name, logical partitions `(name, rows)` that it covers, K, bias or not."""
-
-    name: str
-    partitions: tuple[tuple[str, int], ...]
-    columns: int
-    bias: bool = False
-
-    @property
-    def rows(self) -> int:
-        """N."""
-        return sum(rows for _, rows in self.partitions)
-
-
-# Last segment of a projection -> last segment of the module that it is fused into, in the order of the partitions.
-FUSED: Mapping[str, tuple[str, ...]] = {
-    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
-    "gate_up_proj": ("gate_proj", "up_proj"),
-    "in_proj_qkvz": ("in_proj_qkv", "in_proj_z"),
-    "in_proj_ba": ("in_proj_b", "in_proj_a"),
-}
-_FUSED_INTO = {part: fused for fused, parts in FUSED.items() for part in parts}
-
-
-def fused_name(linear: str) -> str:
-    """Plain name of the canonical module that a projection belongs to."""
-    parent, _, last = linear.rpartition(".")
-    return f"{parent}.{_FUSED_INTO[last]}" if last in _FUSED_INTO else linear
-
-
-@dataclass(slots=True)
-class Network:
-    """What a checkpoint contains before quantisation: projections, and the plain name -> shape of everything else."""
-
-    linears: list[Linear] = field(default_factory=list)
-    others: dict[str, tuple[int, ...]] = field(default_factory=dict)
-
-    def linear(self, name: str, rows: int, columns: int, part: str = "", bias: bool = False) -> None:
-        """Add a projection of one partition."""
-        self.linears.append(Linear(name, ((part, rows),), columns, bias))
-
-
-def _attention_layer(net: Network, layer: str, s: Sizes, gated: bool, bias: bool = False) -> None:
-    q, kv = s.heads * s.head_dim, s.kv_heads * s.head_dim
-    net.linear(f"{layer}.self_attn.q_proj", q * (2 if gated else 1), s.hidden, "q", bias)
-    net.linear(f"{layer}.self_attn.k_proj", kv, s.hidden, "k", bias)
-    net.linear(f"{layer}.self_attn.v_proj", kv, s.hidden, "v", bias)
-    net.linear(f"{layer}.self_attn.o_proj", s.hidden, q, bias=bias)
-    net.others |= {f"{layer}.self_attn.{norm}.weight": (s.head_dim,) for norm in ("q_norm", "k_norm")}
-
-
-def _linear_attention_layer(net: Network, layer: str, s: Sizes) -> None:
-    key, value = s.key_heads * s.key_dim, s.value_heads * s.value_dim
-    parts = (("q", key), ("k", key), ("v", value))
-    net.linears.append(Linear(f"{layer}.linear_attn.in_proj_qkv", parts, s.hidden))
-    net.linear(f"{layer}.linear_attn.in_proj_z", value, s.hidden, "z")
-    net.linear(f"{layer}.linear_attn.in_proj_b", s.value_heads, s.hidden, "b")
-    net.linear(f"{layer}.linear_attn.in_proj_a", s.value_heads, s.hidden, "a")
-    net.linear(f"{layer}.linear_attn.out_proj", s.hidden, value)
-    net.others |= {
-        f"{layer}.linear_attn.conv1d.weight": (2 * key + value, 1, 4),
-        f"{layer}.linear_attn.A_log": (s.value_heads,),
-        f"{layer}.linear_attn.dt_bias": (s.value_heads,),
-        f"{layer}.linear_attn.norm.weight": (s.value_dim,),
-    }
-
-
-def _mlp_and_norms(net: Network, layer: str, s: Sizes) -> None:
-    net.linear(f"{layer}.mlp.gate_proj", s.intermediate, s.hidden, "gate")
-    net.linear(f"{layer}.mlp.up_proj", s.intermediate, s.hidden, "up")
-    net.linear(f"{layer}.mlp.down_proj", s.hidden, s.intermediate)
-    net.others |= {f"{layer}.{n}.weight": (s.hidden,) for n in ("input_layernorm", "post_attention_layernorm")}
-
-
-_VISION = {"hidden": 32, "intermediate": 48, "depth": 2, "positions": 16, "patch": 4}
-
-
-def _vision_tower(net: Network, s: Sizes) -> None:
-    h, i = _VISION["hidden"], _VISION["intermediate"]
-    shapes: dict[str, tuple[int, ...]] = {"patch_embed.proj": (h, 3, 1, _VISION["patch"], _VISION["patch"])}
-    for b in range(_VISION["depth"]):
-        block = {"norm1": (h,), "norm2": (h,), "attn.qkv": (3 * h, h), "attn.proj": (h, h)}
-        shapes |= {f"blocks.{b}.{n}": shape for n, shape in block.items()}
-        shapes |= {f"blocks.{b}.mlp.linear_fc1": (i, h), f"blocks.{b}.mlp.linear_fc2": (h, i)}
-    shapes |= {"merger.norm": (h,), "merger.linear_fc1": (4 * h, 4 * h), "merger.linear_fc2": (s.hidden, 4 * h)}
-    net.others["visual.pos_embed.weight"] = (_VISION["positions"], h)
-    for name, shape in shapes.items():
-        net.others[f"visual.{name}.weight"] = shape
-        net.others[f"visual.{name}.bias"] = shape[:1]
-
-
-LAYER_TYPES = {"qwen3": ("full_attention",) * 2, "qwen3_5": ("linear_attention", "full_attention")}
-
-
-def network(family: str, s: Sizes, *, tied: bool, wrapper: bool, mtp: bool, bias: bool) -> Network:
-    """The tensors of a whole model, by plain name."""
-    net = Network(others={"model.embed_tokens.weight": (s.vocab, s.hidden), "model.norm.weight": (s.hidden,)})
-    gated = family == "qwen3_5"
-    for i, kind in enumerate(LAYER_TYPES[family]):
-        layer = f"model.layers.{i}"
-        if kind == "full_attention":
-            _attention_layer(net, layer, s, gated, bias)
-        else:
-            _linear_attention_layer(net, layer, s)
-        _mlp_and_norms(net, layer, s)
-    if mtp:
-        net.linear("mtp.fc", s.hidden, 2 * s.hidden)
-        net.others |= {f"mtp.{n}.weight": (s.hidden,) for n in ("pre_fc_norm_embedding", "pre_fc_norm_hidden", "norm")}
-        _attention_layer(net, "mtp.layers.0", s, gated)
-        _mlp_and_norms(net, "mtp.layers.0", s)
-    if wrapper:
-        _vision_tower(net, s)
-    if not tied:
-        net.linear("lm_head", s.vocab, s.hidden)
-    return net
-
-
-def _text_config(family: str, s: Sizes, *, tied: bool, mtp: bool, bias: bool, dtype: str) -> dict[str, Any]:
-    types = LAYER_TYPES[family]
-    config: dict[str, Any] = {
-        "attention_bias": bias, "attention_dropout": 0.0, "bos_token_id": 0, "dtype": dtype, "eos_token_id": 1,
-        "head_dim": s.head_dim, "hidden_act": "silu", "hidden_size": s.hidden, "initializer_range": 0.02,
-        "intermediate_size": s.intermediate, "layer_types": list(types), "max_position_embeddings": 512,
-        "num_attention_heads": s.heads, "num_hidden_layers": len(types), "num_key_value_heads": s.kv_heads,
-        "pad_token_id": 0, "rms_norm_eps": 1e-06, "tie_word_embeddings": tied, "use_cache": True,
-        "vocab_size": s.vocab,
-    }  # fmt: skip
-    if family == "qwen3":
-        return config | {
-            "model_type": "qwen3", "max_window_layers": 28, "sliding_window": None, "use_sliding_window": False,
-            "rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"},
-        }  # fmt: skip
-    config |= {
-        "model_type": "qwen3_5_text", "linear_conv_kernel_dim": 4, "linear_key_head_dim": s.key_dim,
-        "linear_num_key_heads": s.key_heads, "linear_num_value_heads": s.value_heads,
-        "linear_value_head_dim": s.value_dim,
-        "rope_parameters": {"partial_rotary_factor": 0.25, "rope_theta": 10000.0, "rope_type": "default"},
-    }  # fmt: skip
-    return config | ({"mtp_num_hidden_layers": 1, "mtp_use_dedicated_embeddings": False} if mtp else {})
-
-
-def _model_config(text: dict[str, Any], s: Sizes, *, wrapper: bool, bare: bool) -> dict[str, Any]:
-    family = {"qwen3": "Qwen3", "qwen3_5_text": "Qwen3_5"}[text["model_type"]]
-    if not wrapper:
-        bare_name = {"Qwen3": "Qwen3Model", "Qwen3_5": "Qwen3_5TextModel"}[family]
-        name = bare_name if bare else f"{family}ForCausalLM"
-        return {"architectures": [name], **text, "transformers_version": "5.23.0"}
-    vision = {
-        "depth": _VISION["depth"], "dtype": text["dtype"], "hidden_act": "gelu_pytorch_tanh",
-        "hidden_size": _VISION["hidden"], "in_channels": 3, "initializer_range": 0.02,
-        "intermediate_size": _VISION["intermediate"], "model_type": "qwen3_5_vision", "num_heads": 2,
-        "num_position_embeddings": _VISION["positions"], "out_hidden_size": s.hidden, "patch_size": _VISION["patch"],
-        "spatial_merge_size": 2, "temporal_patch_size": 1,
-    }  # fmt: skip
-    return {
-        "architectures": ["Qwen3_5Model" if bare else "Qwen3_5ForConditionalGeneration"], "dtype": text["dtype"],
-        "image_token_id": 76, "model_type": "qwen3_5", "text_config": text,
-        "tie_word_embeddings": text["tie_word_embeddings"], "transformers_version": "5.23.0", "video_token_id": 77,
-        "vision_config": vision, "vision_start_token_id": 78, "vision_end_token_id": 79,
-    }  # fmt: skip
-
-
-def _architecture(family: str, text: Mapping[str, Any], head: str) -> dict[str, Any]:
-    """`architecture` of the canonical config, as docs/format.md lists it."""
-    same = (
-        "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "layer_types", "num_attention_heads",
-        "num_key_value_heads", "head_dim", "attention_bias", "rms_norm_eps", "hidden_act", "max_position_embeddings",
-        "bos_token_id", "eos_token_id", "pad_token_id",
-    )  # fmt: skip
-    expected = {key: text[key] for key in same} | {"rope_theta": 10000.0, "rope_scaling": None, "head": head}
-    expected["eos_token_id"] = [text["eos_token_id"]]
-    if family == "qwen3":
-        return expected | {"sliding_window": None}
-    linear = ("num_key_heads", "num_value_heads", "key_head_dim", "value_head_dim", "conv_kernel_dim")
-    return (
-        expected
-        | {f"linear_{key}": text[f"linear_{key}"] for key in linear}
-        | {"rotary_dim": text["head_dim"] // 4, "attn_output_gate": True, "output_gate": "silu"}
-        | {"mtp_num_hidden_layers": text.get("mtp_num_hidden_layers", 0)}
-    )
-
-
-# ---------------------------------------------------------------------------------------------------------- prefixes
-
-
-@dataclass(frozen=True, slots=True)
-class Prefix:
-    """Where the four parts of a model live on disk; None: this variant does not store the part."""
-
-    trunk: str
-    head: str | None
-    visual: str | None
-    mtp: str | None
-
-    def under(self, outer: str) -> Prefix:
-        """The same variant below an outer prefix."""
-        parts = (self.trunk, self.head, self.visual, self.mtp)
-        return Prefix(*(None if part is None else outer + part for part in parts))  # type: ignore[arg-type]
-
-    def name(self, plain: str) -> str | None:
-        """Name on disk of a plain tensor or module name, or None."""
-        first, _, rest = plain.partition(".")
-        part = {"model": self.trunk, "lm_head": self.head, "visual": self.visual, "mtp": self.mtp}[first]
-        return None if part is None else f"{part}{rest}".rstrip(".")
-
-
-PREFIXES: dict[str, Prefix] = {
-    "Q1": Prefix("model.language_model.", "lm_head.", "model.visual.", "mtp."),
-    "Q1-inner-head": Prefix("model.language_model.", "model.language_model.lm_head.", "model.visual.", "mtp."),
-    "Q2": Prefix("language_model.model.", "language_model.lm_head.", "visual.", "mtp."),
-    "Q2-model-visual": Prefix("language_model.model.", "language_model.lm_head.", "model.visual.", "mtp."),
-    "Q3": Prefix("model.", "lm_head.", None, "mtp."),
-    "Q3-inner-head": Prefix("model.", "model.lm_head.", None, "mtp."),
-    "Q4": Prefix("model.language_model.", "lm_head.", None, None),
-    "Q5": Prefix("language_model.", None, "visual.", None),
-    "Q6": Prefix("", None, None, None),
-    "Q8": Prefix("language_model.model.", "lm_head.", None, "language_model.mtp."),
-    "Q8-model-mtp": Prefix("language_model.model.", "language_model.lm_head.", None, "model.mtp."),
-}
-PREFIXES |= {f"Q7-{inner}": PREFIXES[inner].under("base_model.model.") for inner in ("Q1", "Q2", "Q3", "Q4")}
 
 NUL_SENTINEL = ".\0backbone.pt_name_sentinel"  # what modelopt 0.47 leaves in names of its config (formats.md, 2.5)
 
@@ -526,15 +287,27 @@ def per_row(values: Floats, partitions: Iterable[tuple[str, int]]) -> Floats:
     return np.repeat(values, [rows for _, rows in partitions])
 
 
-def quantise(rng: np.random.Generator, kind_name: str, linear: Linear, scale_dtype: str, options: Options) -> Quantised:
-    """Choose random codes and scales for a projection.  `scale_dtype`: how the dialect stores its float scales."""
+def quantise(
+    rng: np.random.Generator,
+    kind_name: str,
+    linear: Linear,
+    scale_dtype: str,
+    options: Options,
+    scalars: np.random.Generator | None = None,
+) -> Quantised:
+    """Choose random codes and scales for a projection.
+
+    `scale_dtype`: how the dialect stores its float scales.  `scalars`: where scales of a whole projection come from, when
+    not from `rng`.
+    """
+    scalars = scalars or rng
     kind, n, k = KINDS[kind_name], linear.rows, linear.columns
     scale_2 = divisor = input_scale = input_divisor = pre = division = None
     match kind.scheme:
         case "fp8_tensor":
             weight = _fp8_codes(rng, (n, k))
             vector = options.vector_scales and len(linear.partitions) > 1
-            scale = random_scale(rng, (len(linear.partitions),) if vector else (), scale_dtype, 1e-4, 1e-2)
+            scale = random_scale(scalars, (len(linear.partitions),) if vector else (), scale_dtype, 1e-4, 1e-2)
             rows = per_row(scale, linear.partitions)[:, None] if vector else scale
             dense = E4M3[weight] * rows
         case "fp8_channel":
@@ -553,11 +326,11 @@ def quantise(rng: np.random.Generator, kind_name: str, linear: Linear, scale_dty
             weight = rng.integers(0, 256, (n, k // 2), np.uint8)
             scale = rng.integers(1, 0x7F, (n, k // 16), np.uint8)
             if options.dialect == "compressed-tensors":
-                divisor = random_scale(rng, (), "F32", 2e3, 4e4)
+                divisor = random_scale(scalars, (), "F32", 2e3, 4e4)
                 scale_2 = np.float32(1) / divisor
                 division = unpack_e2m1(weight) * (E4M3[scale] / divisor).repeat(16, 1)
             else:
-                scale_2 = random_scale(rng, (), "F32", 1e-5, 1e-3)
+                scale_2 = random_scale(scalars, (), "F32", 1e-5, 1e-3)
             dense = unpack_e2m1(weight) * (E4M3[scale] * scale_2).repeat(16, 1)
         case "mxfp8":
             weight, scale = _fp8_codes(rng, (n, k)), _mx_scales(rng, (n, k // 32))
@@ -568,12 +341,12 @@ def quantise(rng: np.random.Generator, kind_name: str, linear: Linear, scale_dty
         case other:
             raise ValueError(other)
     if kind.activations == "fp8_static":
-        input_scale = random_scale(rng, (), scale_dtype, 1e-3, 1e-1)
+        input_scale = random_scale(scalars, (), scale_dtype, 1e-3, 1e-1)
     elif kind.activations == "nvfp4" and options.dialect == "compressed-tensors":
-        input_divisor = random_scale(rng, (), "F32", 10, 1e3)
+        input_divisor = random_scale(scalars, (), "F32", 10, 1e3)
         input_scale = np.float32(1) / input_divisor
     elif kind.activations == "nvfp4":
-        input_scale = random_scale(rng, (), "F32", 1e-4, 1e-2)
+        input_scale = random_scale(scalars, (), "F32", 1e-4, 1e-2)
     keeps = (*_AWQ_KEEPS, *options.pre_quant_scale_on)
     if kind_name == "nvfp4_awq" and linear.name.rpartition(".")[2] in keeps:
         pre = raw("BF16", rng.uniform(0.5, 2.0, k))
@@ -659,9 +432,11 @@ class Recipe:
     sizes: str = "small"
     renamed: tuple[tuple[str, str], ...] = ()
 
-    def kind(self, name: str) -> str | None:
-        """Kind of a projection by plain name, or None when it stays dense."""
-        rules = (*self.rules, ("lm_head", None), ("*.in_proj_[ab]", None), ("mtp.*", None), ("*", self.default))
+    def kind(self, name: str, first: tuple[tuple[str, str | None], ...] = ()) -> str | None:
+        """Kind of a projection by plain name, or None when it stays dense.  `first`: rules that win over all others."""
+        routers = ((pattern, None) for pattern in ("*.mlp.gate", "*.shared_expert_gate"))
+        usual = (("lm_head", None), ("*.in_proj_[ab]", None), ("mtp.*", None), ("*", self.default))
+        rules = (*first, *routers, *self.rules, *usual)
         return next(kind for pattern, kind in rules if fnmatch.fnmatchcase(name, pattern))
 
 
@@ -729,7 +504,7 @@ class Options:
     """How a checkpoint is written; every field is a keyword of `build`.
 
     tied               no `lm_head`; the config says that it is the embedding
-    wrapper            qwen3_5 as a vision-language wrapper with its tower (default: a flat text config)
+    wrapper            a vision-language wrapper with its towers (default: a flat text config)
     mtp                a multi-token-prediction head under `mtp.*`
     bias               attention projections have biases (qwen3)
     sizes              dimensions, or a key of `SIZES`; None: what suits the scheme
@@ -745,6 +520,12 @@ class Options:
     pre_quant_scale_on more projections (last segments) that keep a `pre_quant_scale` under NVFP4_AWQ
     shards             number of files; more than one writes an index
     scales_apart       the last shard holds every scale and nothing else
+    rules              (shell pattern over plain names, kind or None) pairs that win over the recipe's
+    layout             how experts lie on disk, a key of `LAYOUTS`
+    expert_scales      "each": gate and up of an expert have per-tensor scales of their own; "expert": one for both;
+                       "one": all experts of a stack have the same
+    expert_names       what the quantisation config calls experts: "each" projection, "fused" (one name for the stack),
+                       "container" (`...experts`) or "first" (the projections of expert 0 only)
     """
 
     dialect: str
@@ -766,6 +547,10 @@ class Options:
     pre_quant_scale_on: tuple[str, ...] = ()
     shards: int = 1
     scales_apart: bool = False
+    rules: tuple[tuple[str, str | None], ...] = ()
+    layout: str = "X1"
+    expert_scales: str = "each"
+    expert_names: str = "each"
 
 
 _ALGO = {
@@ -944,29 +729,26 @@ def _partitions(linear: Linear, scheme: str) -> list[tuple[str, int]]:
     return list(linear.partitions)
 
 
-def _expect_module(built: Built, module: str, members: list[tuple[Linear, Quantised]]) -> None:
-    """Record the canonical tensors and the config entry of one quantised module, fused from `members`."""
+def _module(members: list[tuple[Linear, Quantised]]) -> tuple[dict[str, Raw], dict[str, Any]]:
+    """Canonical tensors, by role, and the config entry of one quantised module, fused from `members`."""
     kind, scheme = members[0][1].kind, members[0][1].kind.scheme
     partitions = [part for linear, _ in members for part in _partitions(linear, scheme)]
     counts = [len(_partitions(linear, scheme)) for linear, _ in members]
 
-    def put(role: str, tensors: Iterable[Raw]) -> None:
-        built.canonical[f"{module}.{role}"] = join(tensors)
-
-    def per_partition(values: Iterable[Floats | None]) -> Iterable[Raw]:
+    def per_partition(values: Iterable[Floats | None]) -> Raw:
         pairs = zip(values, counts, strict=True)
-        return (raw("F32", np.broadcast_to(np.asarray(value), (count,))) for value, count in pairs)
+        return join(raw("F32", np.broadcast_to(np.asarray(value), (count,))) for value, count in pairs)
 
-    put("weight", (raw("U8" if scheme in ("nvfp4", "mxfp4") else "F8_E4M3", q.weight) for _, q in members))
+    tensors = {"weight": join(raw("U8" if scheme in ("nvfp4", "mxfp4") else "F8_E4M3", q.weight) for _, q in members)}
     if scheme == "fp8_tensor":
-        put("weight_scale", per_partition(q.scale for _, q in members))
+        tensors["weight_scale"] = per_partition(q.scale for _, q in members)
     else:
         dtype = {"nvfp4": "F8_E4M3", "mxfp8": "U8", "mxfp4": "U8"}.get(scheme, "F32")
-        put("weight_scale", (raw(dtype, q.scale) for _, q in members))
+        tensors["weight_scale"] = join(raw(dtype, q.scale) for _, q in members)
     if scheme == "nvfp4":
-        put("weight_scale_2", per_partition(q.scale_2 for _, q in members))
+        tensors["weight_scale_2"] = per_partition(q.scale_2 for _, q in members)
     if members[0][1].input_scale is not None:
-        put("input_scale", per_partition(q.input_scale for _, q in members))
+        tensors["input_scale"] = per_partition(q.input_scale for _, q in members)
     entry: dict[str, Any] = {
         "scheme": scheme,
         "shape": [sum(linear.rows for linear, _ in members), members[0][0].columns],
@@ -975,29 +757,69 @@ def _expect_module(built: Built, module: str, members: list[tuple[Linear, Quanti
     if len(partitions) > 1:
         entry["partitions"] = [list(part) for part in partitions]
     if members[0][1].pre_quant_scale is not None:
-        built.canonical[f"{module}.pre_quant_scale"] = members[0][1].pre_quant_scale
+        tensors["pre_quant_scale"] = members[0][1].pre_quant_scale
         entry["pre_quant_scale"] = True
-    built.modules[module] = entry
+    return tensors, entry
 
 
-def _expect_group(
-    built: Built, fused: str, linears: list[Linear], q: Mapping[str, Quantised], plain: Mapping[str, Raw]
-) -> None:
-    """Record what becomes of the projections of one canonical module: fused, or left apart."""
-    found = [q.get(linear.name) for linear in linears]
-    alike = len({f and f.kind for f in found}) == 1
-    if len(linears) > 1 and (not alike or any(f and f.pre_quant_scale for f in found)):
-        built.unfused[fused] = [linear.name.rpartition(".")[2] for linear in linears]
-        groups = [(linear.name, [linear]) for linear in linears]
-    else:
-        groups = [(fused, linears)]
-    for module, members in groups:
-        if members[0].name in q:
-            _expect_module(built, module, [(linear, q[linear.name]) for linear in members])
+def _alike(linears: Iterable[Linear], q: Mapping[str, Quantised]) -> bool:
+    return len({f and f.kind for f in (q.get(linear.name) for linear in linears)}) == 1
+
+
+def _fusable(linears: list[Linear], q: Mapping[str, Quantised]) -> bool:
+    """Whether projections can be one module: one number format, and no factors of the input of their own."""
+    own = len(linears) > 1 and any((f := q.get(linear.name)) and f.pre_quant_scale for linear in linears)
+    return _alike(linears, q) and not own
+
+
+def _expect_module(built: Built, module: str, source: _Source, rows: list[list[Linear]], stacked: bool) -> None:
+    """Record one canonical module.  `rows`: what it is fused from, for each expert of a stack."""
+    tensors: dict[str, list[Raw]] = {}
+    for members in rows:
+        found: dict[str, Raw] = {}
+        if members[0].name in source.quantised:
+            found, entry = _module([(linear, source.quantised[linear.name]) for linear in members])
+            built.modules[module] = entry | ({"experts": len(rows)} if stacked else {})
         else:
-            built.canonical[f"{module}.weight"] = join(plain[f"{linear.name}.weight"] for linear in members)
+            found["weight"] = join(source.plain[f"{linear.name}.weight"] for linear in members)
         if members[0].bias:
-            built.canonical[f"{module}.bias"] = join(plain[f"{linear.name}.bias"] for linear in members)
+            found["bias"] = join(source.plain[f"{linear.name}.bias"] for linear in members)
+        for role, tensor in found.items():
+            tensors.setdefault(role, []).append(tensor)
+    for role, parts in tensors.items():
+        built.canonical[f"{module}.{role}"] = stack(parts) if stacked else parts[0]
+
+
+def _expect_group(built: Built, source: _Source, fused: str, linears: list[Linear]) -> None:
+    """Record what becomes of the projections of one canonical module: fused, or left apart."""
+    if _fusable(linears, source.quantised):
+        _expect_module(built, fused, source, [linears], stacked=False)
+        return
+    built.unfused[fused] = [linear.name.rpartition(".")[2] for linear in linears]
+    for linear in linears:
+        _expect_module(built, linear.name, source, [[linear]], stacked=False)
+
+
+def _expect_stack(built: Built, source: _Source, fused: str, rows: list[list[Linear]]) -> None:
+    """Record what becomes of a stack of experts: one module, one for each projection, or experts left apart."""
+    q = source.quantised
+    container, _, last = fused.rpartition(".")
+    own_input = len(rows[0]) > 1 and not all(_fusable(row, q) for row in rows)
+    if _alike((linear for row in rows for linear in row), q) and not own_input:
+        _expect_module(built, fused, source, rows, stacked=True)
+        return
+    columns = [list(column) for column in zip(*rows, strict=True)]
+    if len(columns) > 1 and all(_alike(column, q) for column in columns):
+        built.unfused[fused] = [column[0].name.rpartition(".")[2] for column in columns]
+        for name, column in zip(built.unfused[fused], columns, strict=True):
+            _expect_module(built, f"{container}.{name}", source, [[linear] for linear in column], stacked=True)
+        return
+    built.unfused[fused] = []
+    for e, row in enumerate(rows):
+        groups = {last: row} if _fusable(row, q) else {linear.name.rpartition(".")[2]: [linear] for linear in row}
+        for name, members in groups.items():
+            built.unfused[fused].append(f"{e}.{name}")
+            _expect_module(built, f"{container}.{e}.{name}", source, [members], stacked=False)
 
 
 @dataclass(slots=True)
@@ -1011,11 +833,32 @@ class _Source:
     quantised: dict[str, Quantised] = field(default_factory=dict)
 
 
+def _variant(o: Options) -> Variant:
+    """The model that the options ask for."""
+    recipe = RECIPES[o.dialect, o.scheme]
+    sizes = o.sizes if isinstance(o.sizes, Sizes) else SIZES[o.sizes or recipe.sizes]
+    blocks = KINDS[recipe.default or "fp8"].scheme == "fp8_block"
+    # Blocks of a fused stack that run across the end of gate cannot come from gate and up, each quantised on its own.
+    whole = LAYOUTS[o.layout].fused and blocks and sizes.moe_inter % BLOCK > 0
+    dtype = _TORCH_NAME[_DENSE_DTYPE.get(o.scheme, "BF16")]
+    return Variant(sizes, o.tied, o.wrapper, o.mtp, o.bias, whole, dtype)
+
+
+def _owner_of_scalars(name: str, expert_scales: str) -> str:
+    """What the per-tensor scales of a projection of an expert belong to, when not to the projection alone."""
+    expert = expert_of(name)
+    if expert is None or expert_scales == "each":
+        return ""
+    container, index, last = expert
+    first = {"up_proj": "gate_proj"}.get(last, last)
+    return f"{container}.{first}" if expert_scales == "one" else f"{container}.{index}.{first}"
+
+
 def _choose(family: str, o: Options, place: Prefix, seed: int) -> _Source:
     """Choose every value of a checkpoint, in the parts of the model that a prefix variant stores."""
     recipe, dtype = RECIPES[o.dialect, o.scheme], _DENSE_DTYPE.get(o.scheme, "BF16")
-    sizes = o.sizes if isinstance(o.sizes, Sizes) else SIZES[o.sizes or recipe.sizes]
-    net = network(family, sizes, tied=o.tied, wrapper=o.wrapper, mtp=o.mtp, bias=o.bias)
+    variant = _variant(o)
+    sizes, net = variant.sizes, FAMILIES[family].network(variant)
     net.linears = [linear for linear in net.linears if place.name(linear.name) is not None]
     net.others = {name: shape for name, shape in net.others.items() if place.name(name) is not None}
     source = _Source(net, sizes)
@@ -1027,11 +870,13 @@ def _choose(family: str, o: Options, place: Prefix, seed: int) -> _Source:
         f32 = o.f32_gates and name.endswith(("A_log", "linear_attn.norm.weight"))
         source.plain[name] = raw("F32" if f32 else dtype, rng(name).normal(0, 0.05, shape))
     for linear in net.linears:
-        if (kind := recipe.kind(linear.name)) is None:
+        if (kind := recipe.kind(linear.name, o.rules)) is None:
             values = rng(linear.name).normal(0, 0.05, (linear.rows, linear.columns))
             source.plain[f"{linear.name}.weight"] = raw(dtype, values)
         else:
-            q = quantise(rng(linear.name), kind, linear, recipe.scale_dtype, o)
+            owner = _owner_of_scalars(linear.name, o.expert_scales)
+            scalars = rng(f"{owner} scalars") if owner else None
+            q = quantise(rng(linear.name), kind, linear, recipe.scale_dtype, o, scalars)
             source.kinds[linear.name], source.quantised[linear.name] = kind, q
             tensors = _TENSORS[o.dialect](q, recipe.scale_dtype)
             suffixes = {role: role for role in tensors} | dict(recipe.renamed)
@@ -1040,30 +885,44 @@ def _choose(family: str, o: Options, place: Prefix, seed: int) -> _Source:
             name = f"{linear.name}.bias"
             source.plain[name] = raw(dtype, rng(name).normal(0, 0.05, linear.rows))
     if o.kv:
-        for attention in _attentions(family):
+        for attention in net.attentions():
             source.plain |= _kv_scales(attention, o, sizes.kv_heads, rng(f"{attention}.kv"))
     return source
 
 
 def _expect(built: Built, source: _Source, o: Options) -> None:
     """Record what a converter must make of the source: dense values, canonical tensors, entries of the config."""
-    hub = PREFIXES["Q1" if o.wrapper else "Q3"]
     groups: dict[str, list[Linear]] = {}
+    stacks: dict[str, dict[int, list[Linear]]] = {}
     for name in source.net.others:
         built.canonical[name] = source.plain[name]
-        built.dense[str(hub.name(name))] = source.plain[name].floats()
     for linear in source.net.linears:
-        groups.setdefault(fused_name(linear.name), []).append(linear)
-        name, q = str(hub.name(linear.name)), source.quantised.get(linear.name)
-        built.dense[f"{name}.weight"] = q.dense if q else source.plain[f"{linear.name}.weight"].floats()
-        if q and q.division is not None:
-            built.division[f"{name}.weight"] = q.division
-        if linear.bias:
-            built.dense[f"{name}.bias"] = source.plain[f"{linear.name}.bias"].floats()
+        fused = fused_name(linear.name, source.net.gated(linear.name))
+        if (expert := expert_of(fused)) is not None:
+            container, index, last = expert
+            stacks.setdefault(f"{container}.{last}", {}).setdefault(index, []).append(linear)
+        else:
+            groups.setdefault(fused, []).append(linear)
     for fused, linears in groups.items():
-        _expect_group(built, fused, linears, source.quantised, source.plain)
+        _expect_group(built, source, fused, linears)
+    for fused, rows in stacks.items():
+        _expect_stack(built, source, fused, list(rows.values()))
+    family = FAMILIES[built.family]
+    hub = PREFIXES[family.hub[0 if o.wrapper else 1]]
+    dense = {name: source.plain[name].floats() for name in source.net.others}
+    divided = {}
+    for linear in source.net.linears:
+        if linear.bias:
+            dense[f"{linear.name}.bias"] = source.plain[f"{linear.name}.bias"].floats()
+        q = source.quantised.get(linear.name)
+        dense[f"{linear.name}.weight"] = q.dense if q else source.plain[f"{linear.name}.weight"].floats()
+        if q and q.division is not None:
+            divided[f"{linear.name}.weight"] = q.division
+    stacked = {fused: rows for fused, rows in stacks.items() if family.stacked and fused not in built.unfused}
+    for found, values in ((built.dense, dense), (built.division, divided)):
+        found |= {str(hub.name(name)): value for name, value in _as_on_the_hub(values, source.net, stacked).items()}
     if o.kv:
-        for attention in _attentions(built.family):
+        for attention in source.net.attentions():
             built.kv_cache[attention] = o.kv
             for letter in "kv":
                 on_disk = "{0}.{1}_proj.{1}_scale" if o.dialect == "modelopt" else "{0}.{1}_scale"
@@ -1071,12 +930,137 @@ def _expect(built: Built, source: _Source, o: Options) -> None:
                 built.canonical[f"{attention}.{letter}_scale"] = raw("F32", values)
 
 
+def _as_on_the_hub(
+    values: Mapping[str, Floats], net: Network, stacked: Mapping[str, Mapping[int, list[Linear]]]
+) -> dict[str, Floats]:
+    """Dense values by plain name -> as the family's own checkpoints store them: experts stacked, or gate and up apart."""
+    found = dict(values)
+    for linear in net.linears:
+        name = f"{linear.name}.weight"
+        if linear.name.endswith(".gate_up_proj") and name in found:
+            below, both = linear.name.rpartition(".")[0], found.pop(name)
+            found[f"{below}.gate_proj.weight"], found[f"{below}.up_proj.weight"] = np.split(both, 2)
+    for fused, rows in stacked.items():
+        members = [[f"{linear.name}.weight" for linear in row] for row in rows.values()]
+        if members[0][0] in values:
+            found[fused] = np.stack([np.concatenate([values[name] for name in row]) for row in members])
+            for name in (part for row in rows.values() for linear in row for part in _parts_of(linear)):
+                found.pop(f"{name}.weight")
+    return found
+
+
+def _parts_of(linear: Linear) -> list[str]:
+    """Names of the projections of one partition that a projection stands for."""
+    below, _, last = linear.name.rpartition(".")
+    return [f"{below}.gate_proj", f"{below}.up_proj"] if last == "gate_up_proj" else [linear.name]
+
+
+# ----------------------------------------------------------------------------------------------------- expert layouts
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How the experts of a layer lie on disk (families.md, section 4).
+
+    stacked     one tensor for all experts; fused: with gate and up in one; transposed: input-major
+    name        (container, stacked module, suffix, `.base_layer` segments) -> name on disk
+    """
+
+    stacked: bool = True
+    fused: bool = False
+    transposed: bool = False
+    name: Callable[[str, str, str, str], str] = lambda container, module, suffix, inner: ""
+
+
+_ENGINE = {"gate_up_proj": "w13", "up_proj": "w13", "down_proj": "w2"}
+
+
+def _as_parameters(container: str, module: str, suffix: str, inner: str) -> str:
+    return f"{container}{inner}.{module}" + ("" if suffix == "weight" else f"_{suffix}")
+
+
+def _as_modules(container: str, module: str, suffix: str, inner: str) -> str:
+    return f"{container.removesuffix('moe.experts')}moe.{module}{inner}.{suffix}" if container.endswith(".moe.experts") else (
+        f"{container}.{module}{inner}.{suffix}"
+    )
+
+
+LAYOUTS: Mapping[str, Layout] = {
+    "X1": Layout(stacked=False),
+    "X2": Layout(fused=True, name=_as_parameters),
+    "X3": Layout(fused=True, transposed=True, name=_as_parameters),
+    "X4": Layout(name=_as_modules),
+    "X8": Layout(fused=True, name=lambda at, module, suffix, inner: f"{at}{inner}.{_ENGINE[module]}_{suffix}"),
+    "X8-routed": Layout(
+        fused=True, name=lambda at, module, suffix, inner: f"{at}.routed_experts{inner}.{_ENGINE[module]}_{suffix}"
+    ),
+}
+
+
+def _stacked_scalars(rows: list[list[Raw]], expert_scales: str) -> Raw:
+    """Per-tensor scales of a stack, as few as say it all: 0-d, `[E]`, or `[E, P]`."""
+    dtype, distinct = rows[0][0].dtype, {tensor.data for row in rows for tensor in row}
+    if expert_scales == "one":
+        assert len(distinct) == 1
+        return Raw(dtype, (), distinct.pop())
+    if len(rows[0]) == 1 or expert_scales == "expert":
+        assert all(len({tensor.data for tensor in row}) == 1 for row in rows)
+        return Raw(dtype, (len(rows),), b"".join(row[0].data for row in rows))
+    return Raw(dtype, (len(rows), len(rows[0])), b"".join(tensor.data for row in rows for tensor in row))
+
+
+def _lay_out(source: _Source, o: Options) -> dict[str, tuple[str, Raw]]:
+    """Plain name of every tensor of the checkpoint -> its name without prefix, and the tensor, experts laid out."""
+    layout = LAYOUTS[o.layout]
+    stored = {name: (name, tensor) for name, tensor in source.plain.items()}
+    if not layout.stacked:
+        return stored
+    stacks: dict[tuple[str, str], dict[int, list[Linear]]] = {}
+    for linear in source.net.linears:
+        if (expert := expert_of(linear.name)) is not None:
+            container, index, last = expert
+            if layout.fused:
+                last = fused_name(linear.name, source.net.gated(linear.name)).rpartition(".")[2]
+            stacks.setdefault((container, last), {}).setdefault(index, []).append(linear)
+    dotted = layout.name is _as_modules
+    inner = {None: "", "some": ".base_layer", "all": ".base_layer" if dotted else ".base_layer.base_layer"}[o.base_layer]
+    for (container, last), rows in stacks.items():
+        first = f"{rows[0][0].name}."
+        for suffix in [name.removeprefix(first) for name in source.plain if name.startswith(first)]:
+            tensors = [[stored.pop(f"{linear.name}.{suffix}")[1] for linear in row] for row in rows.values()]
+            if tensors[0][0].shape in ((), (1,)):
+                tensor = _stacked_scalars(tensors, o.expert_scales)
+            else:
+                tensor = stack((join(row) for row in tensors), layout.transposed)
+            plain = layout.name(container, last, suffix, "")
+            stored[plain] = (layout.name(container, last, suffix, inner), tensor)
+    return stored
+
+
+def _names_of_experts(names: Iterable[str], o: Options, gated: Callable[[str], bool]) -> dict[str, str]:
+    """Plain names of projections -> what a quantisation config calls them; names that it leaves out are missing."""
+    called = {}
+    for name in names:
+        expert = expert_of(name)
+        if expert is None or o.expert_names == "each":
+            called[name] = name
+        elif o.expert_names == "container":
+            called[name] = expert[0]
+        elif o.expert_names == "fused":
+            called[name] = f"{expert[0]}.{fused_name(name, gated(name)).rpartition('.')[2]}"
+        elif expert[1] == 0:
+            called[name] = name
+    return called
+
+
 def _quantisation_config(source: _Source, o: Options, meta: Prefix, spell: Callable[[str], str]) -> tuple[Any, Any]:
     """`quantization_config` and the content of `hf_quant_config.json`; None for what the producer does not write."""
-    excluded = _excluded(source.net, source.kinds, o.dialect, meta)
+    called = _names_of_experts((linear.name for linear in source.net.linears), o, source.net.gated)
+    kinds = {called[module]: kind for module, kind in source.kinds.items() if module in called}
+    excluded = _excluded(source.net, source.kinds, o.dialect, meta, called)
     match o.dialect:
         case "modelopt":
-            named = {module: kind for module, kind in source.kinds.items() if meta.name(module) is not None}
+            named = {module: kind for module, kind in kinds.items() if meta.name(module) is not None}
             if o.nul_names:
                 excluded = [_with_sentinel(entry) for entry in excluded]
                 return _modelopt_config(named, excluded, o, lambda module: _with_sentinel(spell(module)))
@@ -1093,21 +1077,20 @@ def build(
 ) -> Built:
     """Write a tiny, complete checkpoint and return what it stands for.
 
-    `family`: "qwen3" or "qwen3_5".  `dialect`, `scheme`: a key of `RECIPES`.  `prefix`: a key of `PREFIXES`; None: what
+    `family`: a key of `networks.FAMILIES`.  `dialect`, `scheme`: a key of `RECIPES`.  `prefix`: a key of `PREFIXES`; None: what
     the family's own checkpoints use.  `options`: fields of `Options`.  Values depend on `seed` and on plain names only,
     so two prefix variants, config forms or shardings of one checkpoint hold the same numbers.
     """
     o = Options(dialect, scheme, **options)
-    prefix = prefix or ("Q1" if o.wrapper else "Q3")
+    facts, variant = FAMILIES[family], _variant(o)
+    prefix = prefix or facts.hub[0 if o.wrapper else 1]
     place, meta = PREFIXES[prefix], PREFIXES[o.meta_prefix or prefix]
     source = _choose(family, o, place, seed)
-    dtype = _TORCH_NAME[_DENSE_DTYPE.get(scheme, "BF16")]
-    text = _text_config(family, source.sizes, tied=o.tied, mtp=o.mtp, bias=o.bias, dtype=dtype)
     head = "tied" if o.tied else "absent" if place.head is None else "separate"
     built = Built(
         directory, family, dense={}, division={}, canonical={}, modules={}, kv_cache={}, unfused={},
-        carried=sorted({name.partition(".")[0] for name in source.plain} & {"mtp", "visual"}),
-        architecture=_architecture(family, text, head), disk={},
+        carried=sorted({name.partition(".")[0] for name in source.plain} - {"model", "lm_head"}),
+        architecture=facts.facts(variant) | {"head": head}, disk={},
     )  # fmt: skip
     _expect(built, source, o)
 
@@ -1122,9 +1105,12 @@ def build(
         at = len(str(where.name(module)))
         return f"{path[:at]}.base_layer{path[at:]}"
 
-    built.disk.update({name: spell(name, place, True) for name in source.plain})
+    on_disk: dict[str, Raw] = {}
+    for plain, (name, tensor) in _lay_out(source, o).items():
+        built.disk[plain] = str(place.name(name)) if name != plain else spell(plain, place, True)
+        on_disk[built.disk[plain]] = tensor
     directory.mkdir(parents=True, exist_ok=True)
-    config = _model_config(text, source.sizes, wrapper=o.wrapper, bare=place.head is None)
+    config = facts.config(variant, place.head is None)
     if source.kinds:
         embedded, legacy = _quantisation_config(source, o, meta, lambda m: spell(m, meta, o.meta_base_layer))
         if embedded is not None:
@@ -1134,16 +1120,11 @@ def build(
     write_json(directory / "config.json", config)
     for side_file, content in SIDE_FILES.items():
         (directory / side_file).write_bytes(content)
-    on_disk = {built.disk[name]: tensor for name, tensor in source.plain.items()}
     write_shards(directory, on_disk, o.shards, o.scales_apart)
     return built
 
 
 _PEFT_TARGETS = ("q_proj", "v_proj", "gate_proj", "in_proj_qkv")  # what `base_layer="some"` wraps
-
-
-def _attentions(family: str) -> list[str]:
-    return [f"model.layers.{i}.self_attn" for i, kind in enumerate(LAYER_TYPES[family]) if kind == "full_attention"]
 
 
 def _kv_scales(attention: str, o: Options, heads: int, rng: np.random.Generator) -> dict[str, Raw]:
@@ -1154,9 +1135,10 @@ def _kv_scales(attention: str, o: Options, heads: int, rng: np.random.Generator)
     return {f"{attention}.{c}_scale": raw("BF16", random_scale(rng, shape, "BF16", 1e-3, 1e-1)) for c in "kv"}
 
 
-def _excluded(net: Network, kinds: Mapping[str, str], dialect: str, meta: Prefix) -> list[str]:
+def _excluded(net: Network, kinds: Mapping[str, str], dialect: str, meta: Prefix, called: Mapping[str, str]) -> list[str]:
     """The ignore list that a producer writes: shell patterns (modelopt) or every name in full."""
-    names = [linear.name for linear in net.linears if linear.name not in kinds]
+    dense = [linear.name for linear in net.linears if linear.name not in kinds]
+    names = list(dict.fromkeys(called[name] for name in dense if name in called))
     towers = [n.removesuffix(".weight") for n in net.others if n.startswith("visual.") and n.endswith(".weight")]
     if dialect != "modelopt":
         return [n for name in (*towers, *names) if (n := meta.name(name)) is not None]

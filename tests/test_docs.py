@@ -11,7 +11,14 @@ import pytest
 from convert.cli import cli
 from convert.dialects import DIALECTS
 from convert.families import FAMILIES
+from convert.families.base import Family
 from runtime.format import ACTIVATIONS, SCHEMES
+from support_table import BEGIN, END, table
+
+# Facts that a config may hold and that the architecture replaces by others.
+ARCHITECTURE_INPUTS = {
+    "full_attention_interval", "partial_rotary_factor", "mlp_only_layers", "decoder_sparse_step", "moe_layers",
+}  # fmt: skip
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -20,13 +27,19 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "samp
 
 
 def test_support_table() -> None:
-    """README's table has every family as a column, every dialect as a row, and each dialect's schemes."""
-    table = README.split("<!-- support table")[1].split("\n\n")[0].splitlines()
-    assert re.findall(r"`(\w+)`", table[1]) == [family.name for family in FAMILIES]
-    rows = {re.split(r"\s*\|\s*", line)[1]: re.split(r"\s*\|\s*", line)[2] for line in table[3:]}
-    for dialect in DIALECTS:
-        row = next(cells for name, cells in rows.items() if name.startswith(f"`{dialect.name}`"))
-        assert set(row.split(", ")) == {e.scheme for e in dialect.encodings}
+    """README's table is what the registries make of it: run `python tests/support_table.py` after a change to them."""
+    assert README.partition(BEGIN)[2].partition(END)[0] == table()
+    for name in (*(d.name for d in DIALECTS), *(f.name for f in FAMILIES)):
+        assert f"| `{name}` |" in README
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.name)
+def test_format_page_describes_family(family: Family) -> None:
+    """docs/format.md names each family and every field of its architecture."""
+    assert f"`{family.name}`" in FORMAT
+    fields = {field.name for field in family.fields} - ARCHITECTURE_INPUTS
+    missing = sorted(name for name in fields if not re.search(rf"\b{name}\b", FORMAT))
+    assert not missing
 
 
 def commands(page: str) -> list[list[str]]:

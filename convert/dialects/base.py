@@ -136,17 +136,20 @@ class Module:
     canonical  its canonical name before fusing      spellings  its full names as stored and on the hub
     fused      the canonical name of the fused module it becomes a part of
     is_linear  whether class name "Linear" covers it
+    others     canonical names of other modules whose claims hold for it: the first expert of its stack
     """
 
     canonical: str
     spellings: tuple[str, ...]
     fused: str
     is_linear: bool = True
+    others: tuple[str, ...] = ()
 
     def names_up(self) -> Iterator[str]:
         """Canonical names under which an exact entry may cover this module: itself, its fused form, its containers."""
         yield self.canonical
         yield self.fused
+        yield from self.others
         name = self.canonical
         while "." in name:
             name = name.rpartition(".")[0]
@@ -159,7 +162,7 @@ Matcher = Callable[[Module], bool]
 def exact_matcher(name: str, space: NameSpace) -> Matcher:
     """Matches the module of that name in any prefix spelling, and its fused form."""
     canonical = canonical_name(name, space) or name
-    return lambda module: canonical in (module.canonical, module.fused) or name in module.spellings
+    return lambda module: canonical in (module.canonical, module.fused, *module.others) or name in module.spellings
 
 
 def wildcard_matcher(pattern: str, space: NameSpace) -> Matcher:

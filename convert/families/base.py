@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from runtime.format import DENSE_DTYPES
@@ -72,6 +72,7 @@ class Parameter:
 
     optional  the model works without it.   flag     architecture flag that says whether the model has it, "" for always
     dropped   why it is not carried when it is stored, "" for a tensor that is carried
+    zero_centred  a norm that multiplies by 1 + weight; some repacks store that sum, which is another format
     """
 
     name: str
@@ -79,10 +80,16 @@ class Parameter:
     optional: bool = False
     flag: str = ""
     dropped: str = ""
+    zero_centred: bool = False
     dtypes: tuple[str, ...] = DENSE_DTYPES
 
 
 Item = Linear | Parameter
+
+
+def zero_centred(norm: Parameter) -> Parameter:
+    """The same norm, multiplying by 1 + weight."""
+    return replace(norm, zero_centred=True)
 
 
 def linear(name: str, rows: Size, columns: Size, *, bias: str | None = None) -> Linear:

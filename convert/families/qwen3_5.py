@@ -8,7 +8,7 @@ from typing import Any
 
 from ..errors import ConvertError, Problem
 from ..names import NameSpace
-from .base import Family, Field, Item, Linear, Parameter, Part, experts, fused, linear
+from .base import Family, Field, Item, Linear, Parameter, Part, experts, fused, linear, zero_centred
 from .qwen3 import (
     DECODER_FIELDS,
     EMBEDDING,
@@ -41,19 +41,19 @@ FIELDS = (
 )  # fmt: skip
 
 FULL_MIXER: tuple[Item, ...] = (
-    INPUT_NORM,
+    zero_centred(INPUT_NORM),
     fused(  # q holds, per head, D rows of query and then D rows of output gate
         "self_attn.qkv_proj", "hidden",
         ("q_proj", (("q", "gated_query"),)), ("k_proj", (("k", "key_value"),)), ("v_proj", (("v", "key_value"),)),
         bias="attention_bias",
     ),
-    Parameter("self_attn.q_norm.weight", ("head",)),
-    Parameter("self_attn.k_norm.weight", ("head",)),
+    Parameter("self_attn.q_norm.weight", ("head",), zero_centred=True),
+    Parameter("self_attn.k_norm.weight", ("head",), zero_centred=True),
     linear("self_attn.o_proj", "hidden", "attention", bias="attention_bias"),
-    POST_NORM,
+    zero_centred(POST_NORM),
 )  # fmt: skip
 LINEAR_MIXER: tuple[Item, ...] = (
-    INPUT_NORM,
+    zero_centred(INPUT_NORM),
     fused(  # one stored projection, and so one scale, for three partitions.  A stored `in_proj_qkvz` is not taken: Qwen3-Next
         # uses the same name for rows that are interleaved per key head.
         "linear_attn.in_proj_qkvz", "hidden",
@@ -69,7 +69,7 @@ LINEAR_MIXER: tuple[Item, ...] = (
     Parameter("linear_attn.dt_bias", ("lin_heads",)),
     Parameter("linear_attn.norm.weight", ("lin_value_head",)),
     linear("linear_attn.out_proj", "hidden", "lin_value"),
-    POST_NORM,
+    zero_centred(POST_NORM),
 )  # fmt: skip
 MOE: tuple[Item, ...] = (
     linear("mlp.gate", "experts", "hidden"),
@@ -153,7 +153,7 @@ def trunk(feed_forward: tuple[Item, ...]) -> Part:
         first=(EMBEDDING,),
         layers=layers(feed_forward),
         layer_types="layer_types",
-        last=(NORM,),
+        last=(zero_centred(NORM),),
     )
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..errors import ConvertError, Problem
 from ..names import NameSpace, aliases
-from .base import Family, Field, Item, Parameter, Part, experts, fused, linear, text_config, tower
+from .base import Family, Field, Item, Parameter, Part, experts, fused, linear, text_config, tower, zero_centred
 from .qwen3 import EMBEDDING, HEAD, INPUT_NORM, MLP, NORM, POST_NORM, ROOTS, WRAPPERS
 
 TOWERS = ("vision_model", "vit_large_projector", "vit_downsampler", "vit_downsampler2", "multi_modal_projector")
@@ -100,16 +100,16 @@ ROUTER_BIAS = Parameter("moe.router_bias", ("experts",), flag="use_moe_router_bi
 def gated_attention(query: str, key_value: str, heads: str) -> tuple[Item, ...]:
     """Attention of Step-3.5 with a gate for each head; sizes differ between full and sliding layers."""
     return (
-        INPUT_NORM,
+        zero_centred(INPUT_NORM),
         fused(
             "self_attn.qkv_proj", "hidden",
             ("q_proj", (("q", query),)), ("k_proj", (("k", key_value),)), ("v_proj", (("v", key_value),)),
         ),
-        Parameter("self_attn.q_norm.weight", ("head",)),
-        Parameter("self_attn.k_norm.weight", ("head",)),
+        Parameter("self_attn.q_norm.weight", ("head",), zero_centred=True),
+        Parameter("self_attn.k_norm.weight", ("head",), zero_centred=True),
         linear("self_attn.g_proj", heads, "hidden"),
         linear("self_attn.o_proj", "hidden", query),
-        POST_NORM,
+        zero_centred(POST_NORM),
     )  # fmt: skip
 
 
