@@ -37,7 +37,7 @@ from typing import Any
 from runtime.format import DTYPE_BYTES
 
 from .errors import Problem
-from .families.base import Family, Placed, hub_name, text_config
+from .families.base import Family, Linear, Placed, hub_name, text_config
 from .names import PEFT_LAYER, canonical_name
 from .source import ADAPTER_CONFIG, Source, TensorInfo
 
@@ -189,6 +189,7 @@ class _Build:
     roots: Mapping[str, str]
     stacks: Mapping[str, Sequence[Placed]]
     known: frozenset[str]  # hub paths of everything that the base has
+    fused: frozenset[str]  # those that only exist in OUT or in an engine, not in the model that peft wraps
     problems: list[Problem]
     notes: list[str]
 
@@ -220,6 +221,9 @@ class _Build:
             if path is None or nameless or (path not in self.known and wrapped.path.rpartition(".")[2] != "lm_head"):
                 self.wrong(info, f"an adapter of a module of {self.family.name}", "one of an unknown module",
                            "remove it, or convert with a version that knows it")  # fmt: skip
+                continue
+            if path in self.fused:
+                self.wrong(info, "adapters of the model's own modules", "one of a fused module, as an engine has it")
                 continue
             plain.append((wrapped, info, path))
             if wrapped.part != SAVED:
@@ -287,6 +291,10 @@ class _Build:
         ranks = [self.rank(path, found) for _, found in wrappers]
         if None in ranks:
             return {}
+        for _, found in wrappers:
+            if "lora_A" not in found:
+                self.wrong(next(iter(found.values())), f"lora_A and lora_B of {path}", "an adapter of an embedding")
+                return {}
 
         def fits(stack: Placed, found: Mapping[str, TensorInfo]) -> bool:
             rows = sum(r or 0 for _, partitions in stack.shards for _, r in partitions)
@@ -299,12 +307,13 @@ class _Build:
 
         orders = [o for o in permutations(stacks, len(wrappers)) if all(fits(s, w) for s, (_, w) in zip(o, wrappers))]
         if len(orders) > 1 and len(wrappers) < len(stacks):  # square: only the training's own config knows
-            wanted = {str(t).rpartition(".")[2] for t in self.settings(name, True)[1].get("target_parameters") or ()}
+            stated = self.settings(name, True)[1].get("target_parameters")
+            wanted = {str(t).rpartition(".")[2] for t in stated} if isinstance(stated, list) else set()
             orders = [o for o in orders if {last(s) for s in o} == wanted]
         if not orders:
-            a = wrappers[0][1]["lora_A"]
+            odd = next((w for _, w in wrappers if not any(fits(s, w) for s in stacks)), wrappers[0][1])
+            a, b = odd["lora_A"], odd["lora_B"]
             shapes = ", ".join(f"{last(s)} [{sum(r or 0 for _, p in s.shards for _, r in p)}, {s.columns}]" for s in stacks)
-            b = wrappers[0][1]["lora_B"]
             found = f"lora_A {list(a.shape)} and lora_B {list(b.shape)}"
             self.wrong(a, f"adapters of {stacks[0].experts} experts, {shapes}, as peft 0.21 stores them", found)
             return {}
@@ -335,7 +344,7 @@ class _Build:
         ranks = {(f"{m.path}.{m.parameter}" if m.parameter else m.path): m.rank for m in modules}
         counts = Counter(ranks.values())
         r = given.get("r")
-        if r not in counts:
+        if not isinstance(r, int) or r not in counts:
             common = counts.most_common(1)[0][0] if counts else 1
             if r is not None and counts:
                 self.notes.append(f"{file} says r = {r}, the tensors of adapter {name} have rank {common}: they win")
@@ -360,6 +369,8 @@ class _Build:
         parameters = [key for key, m in zip(ranks, modules) if m.parameter]
         singly = any(s.isdecimal() and f"{key.partition(f'.{s}.')[0]}" in self.stacks
                      for key in targets for s in key.split("."))  # fmt: skip
+        if singly and any(isinstance(s.item, Linear) and s.item.export == "stacked" for p in self.stacks.values() for s in p):
+            self.notes.append(f"adapter {name} is of single experts, the model has them stacked: peft 0.21 cannot load it")
         return {
             "base_model_name_or_path": None,
             "task_type": None,
@@ -447,15 +458,19 @@ def build_adapters(
     for place in placed:
         if place.experts is not None:
             stacks[hub_name(place.parent, roots)].append(place)
-    for name in (*base, *(shard for p in placed for shard, _ in p.shards)):
-        path = hub_name(name, roots)
-        path = path.rpartition(".")[0] if name in base else path
+    fused: set[str] = set()
+    for place in placed:
+        names = {place.name, *(shard for shard, _ in place.shards)}
+        fused |= {hub_name(n, roots) for n in names} if place.experts is not None else set()
+        fused |= {hub_name(place.name, roots)} if len(place.shards) > 1 else set()
+    single = [shard for p in placed if p.experts is None for shard, _ in p.shards]
+    for path in (*(hub_name(n, roots).rpartition(".")[0] for n in base), *(hub_name(s, roots) for s in single)):
         while path and path not in known:
             known.add(path)
             path = path.rpartition(".")[0]
     problems: list[Problem] = []
     notes: list[str] = []
-    build = _Build(source, family, roots, stacks, frozenset(known), problems, notes)
+    build = _Build(source, family, roots, stacks, frozenset(known), frozenset(fused), problems, notes)
     groups: dict[str, list[tuple[Wrapped, TensorInfo]]] = defaultdict(list)
     for name, wrapped in found.items():
         groups[wrapped.adapter].append((wrapped, source.tensors[name]))

@@ -128,11 +128,9 @@ def cli() -> None:
 
 def _adapter_line(adapter: dict[str, Any]) -> str:
     """One LoRA adapter, in one line."""
-    config = adapter["config"]
-    return printable(
-        f"adapter {adapter['name']}: LoRA r {config['r']}, lora_alpha {config['lora_alpha']}, {len(adapter['tensors'])} tensors, "
-        f"{human(adapter['bytes'])}, in {adapter['directory']}/"
-    )
+    config, count = adapter["config"], len(adapter["tensors"])
+    what = f"LoRA r {config['r']}, lora_alpha {config['lora_alpha']}, {count} tensors, {human(adapter['bytes'])}"
+    return printable(f"adapter {adapter['name']}: {what}, in {adapter['directory']}/")
 
 
 def _print_plan(plan: Any) -> None:

@@ -3,8 +3,8 @@
 A checkpoint's names differ by the wrappers around its parts: `model.language_model.layers.0...`,
 `language_model.model.layers.0...`, `layers.0...`, or any of these inside a PEFT wrapper.  Every spelling is a run of
 wrapper segments followed by the root of a part (`layers`, `lm_head`, `visual`, ...).  So the rule is: drop `base_layer`
-and `original_module` segments anywhere, skip leading wrapper segments, and let the first other segment choose the canonical root.  Whole dotted
-segments only, never substrings.
+and `original_module` segments anywhere, skip leading wrapper segments, and let the first other segment choose the
+canonical root.  Whole dotted segments only, never substrings.
 
 Example, Qwen3.5: `model.language_model.layers.0.linear_attn.in_proj_qkv.weight_scale` skips `model`, `language_model`,
 finds the root `layers`, and becomes `model.layers.0.linear_attn.in_proj_qkv.weight_scale`.

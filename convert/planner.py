@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -23,7 +23,8 @@ from runtime.format import (
     module_tensors,
 )
 
-from .adapters import SAVED, Wrapped, build_adapters, find_adapters, stand_ins, without_marks
+from .adapters import Wrapped, build_adapters, find_adapters, stand_ins, without_marks
+from .describe import name_repairs, value_repairs
 from .dialects import DIALECTS, find_configs, refused
 from .dialects.base import DENSE, SCALAR, Encoding, Module, Rules
 from .errors import ConvertError, Problem
@@ -45,7 +46,7 @@ from .families.base import (
     resolve_architecture,
     text_config,
 )
-from .names import PEFT_SEGMENTS, canonical_name
+from .names import canonical_name
 from .ops import Step, Term, coalesce, term_nbytes
 from .plan import Dropped, Plan
 from .recognise import INCOMPLETE, Recognised, Settled, Stack, disagreements, encodings_for, recognise, settle
@@ -682,47 +683,11 @@ class _Planner:
 
     def describe_repairs(self) -> list[str]:
         """One line per kind of repair, with counts."""
-        tensors, lines = self.source.tensors, list(self.repairs)
-        prefixes: Counter[str] = Counter()
-        peft = 0
-        for canonical, info in self.by_name.items():
-            if info.name == canonical:
-                continue
-            segments = info.name.split(".")
-            if SAVED in segments:
-                segments = without_marks(info.name).split(".")
-            if not PEFT_SEGMENTS.isdisjoint(segments):
-                peft += 1
-                segments = [s for s in segments if s not in PEFT_SEGMENTS]
-            root = next(r for k, r in self.family.names.roots.items() if canonical == r or canonical.startswith(r + "."))
-            tail = canonical.removeprefix(root)
-            stem = ".".join(segments)
-            before = stem.removesuffix(tail) if tail else stem
-            if before != root:
-                old, new = before.rpartition(".")[0], root.rpartition(".")[0]
-                prefixes[f"{old}.* -> {new}.*" if old and new else f"{before} -> {root}"] += 1
-        lines += [f"prefix {change} ({count} tensors)" for change, count in sorted(prefixes.items())]
-        if peft:
-            lines.append(f"{' and '.join(sorted(PEFT_SEGMENTS))} removed from names ({peft} tensors)")
+        lines = [*self.repairs, *name_repairs(self.by_name, self.joined)]
         sentinels = sum(r.repairs.count("sentinel") for r in self.rules)
         if sentinels:
             lines.append(f"corrupted module names in the quantisation config repaired ({sentinels} names)")
-        kinds: Counter[str] = Counter()
-        for step in self.steps:
-            for term in step.terms:
-                info = tensors[term.source]
-                if term.repeat > 1:
-                    owner, suffix = info.name.rpartition(".")[0].rpartition(".")[2], info.name.rpartition(".")[2]
-                    kinds[f"{suffix} of {owner} given to each of its {term.repeat} partitions"] += 1
-                if term.transform == "reciprocal":
-                    kinds[f"divisor {info.name.rpartition('.')[2]} replaced by its float32 reciprocal"] += 1
-                elif term.transform == "f32" and info.dtype != "F32":
-                    kinds[f"{info.dtype} {info.name.rpartition('.')[2]} widened to F32"] += 1
-                if info.shape == ():
-                    kinds["0-d scalar stored as a vector"] += 1
-                elif len(step.terms) == 1 and len(info.shape) > len(step.shape):
-                    kinds[f"{info.name.rpartition('.')[2]} reshaped from {len(info.shape)}-d to {len(step.shape)}-d"] += 1
-        lines += [f"{what} ({count} tensors)" for what, count in sorted(kinds.items())]
+        lines += value_repairs(self.steps, self.source.tensors, self.by_name)
         if self.unfused:
             lines.append(f"kept apart because their schemes differ ({len(self.unfused)} groups)")
         return lines
@@ -879,6 +844,8 @@ def plan_source(source: Source, shard_size: int = DEFAULT_SHARD_SIZE) -> Plan:
         raise ConvertError(planner.problems)
     declared = [r.dialect for r in rules]
     quantised = bool(planner.modules)
+    if rules and not quantised:
+        planner.note(f"{rules[0].where} describes a quantisation, no tensor is quantised")
     if quantised and not rules:
         planner.note("no quantisation config: schemes are read from the tensors alone")
     config = CanonicalConfig(

@@ -7,16 +7,19 @@ beyond it where readers differ (duplicate keys, control characters in names, sha
 from __future__ import annotations
 
 import json
+import math
 import os
 import stat
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from operator import attrgetter
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from runtime.format import CONFIG_FILE, DTYPE_BYTES, FORMAT, INDEX_FILE, REPORT_FILE
 
+from .collector import collector_paused
 from .errors import ConvertError, Problem, UsageError, printable
 
 # Limits on input, all in one place.
@@ -46,9 +49,11 @@ REPLACED = {  # file name -> why it is not copied
 }
 
 
-@dataclass(frozen=True, slots=True)
-class TensorInfo:
-    """One stored tensor: safetensors dtype name, shape, and its byte range [start, end) in `file`."""
+class TensorInfo(NamedTuple):
+    """One stored tensor: safetensors dtype name, shape, and its byte range [start, end) in `file`.
+
+    A tuple, because a checkpoint has hundreds of thousands of them and a frozen dataclass takes three times as long to make.
+    """
 
     name: str
     dtype: str
@@ -165,26 +170,56 @@ def regular_file(directory: Path, name: str) -> Path:
     return target
 
 
-def _header_entry(file: str, name: str, entry: Any, data_start: int) -> TensorInfo:
-    """Validate one tensor of a header; returns it with its absolute byte range."""
-    damaged = "the file is damaged: fetch or export it again"
-    if not name or len(name) > MAX_NAME_LENGTH or not name.isprintable() or ".." in name or "/" in name or "\\" in name:
-        _refuse(file, name, "a plain tensor name", "an empty, overlong or unprintable name", damaged)
-    try:
-        dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
-        ok = all(type(v) is int and 0 <= v < 1 << 63 for v in (*shape, begin, end)) and begin <= end
-    except (KeyError, TypeError, ValueError):
-        ok = False
-    if not ok:
-        _refuse(file, name, "dtype, shape and data_offsets", f"{entry!r:.120}", damaged)
+def _check_names(file: str, names: Iterable[str]) -> None:
+    """Refuse names that could do harm where they are printed or taken for a path."""
+
+    def plain(text: str) -> bool:
+        return text.isprintable() and ".." not in text and "/" not in text and "\\" not in text
+
+    if plain(" ".join(names)) and all(0 < n <= MAX_NAME_LENGTH for n in map(len, names)):
+        return
+    for name in names:
+        if not name or len(name) > MAX_NAME_LENGTH or not plain(name):
+            damaged = "the file is damaged: fetch or export it again"
+            _refuse(file, name, "a plain tensor name", "an empty, overlong or unprintable name", damaged)
+
+
+def _is_size(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 1 << 63
+
+
+def _layout(file: str, name: str, entry: Any) -> tuple[str, tuple[int, ...], int]:
+    """The valid dtype and shape of an entry of a header, and their size in bytes."""
+    dtype, shape = entry["dtype"], entry["shape"]
+    if not isinstance(shape, list) or not all(map(_is_size, shape)):
+        raise TypeError(shape)
     if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
         _refuse(file, name, f"a dtype of {', '.join(DTYPE_BYTES)}", f"{dtype!r}", "this dtype has no known size")
-    nbytes = DTYPE_BYTES[dtype]
-    for size in shape:
-        nbytes *= size
-    if nbytes != end - begin:
-        _refuse(file, name, f"{nbytes} bytes for {dtype} {shape}", f"{end - begin}", damaged)
-    return TensorInfo(name, dtype, tuple(shape), file, data_start + begin, data_start + end)
+    return dtype, tuple(shape), DTYPE_BYTES[dtype] * math.prod(shape)
+
+
+def _header_entries(file: str, header: Mapping[str, Any], data_start: int) -> list[TensorInfo]:
+    """Validate the tensors of a header; returns them with their absolute byte ranges."""
+    damaged = "the file is damaged: fetch or export it again"
+    _check_names(file, header)
+    layouts: dict[str, tuple[str, tuple[int, ...], int]] = {}  # thousands of experts have few dtypes and shapes
+    infos = []
+    for name, entry in header.items():
+        try:
+            look = f"{entry['dtype']!r} {entry['shape']!r}"  # as text: to Python, [1.0] and [true] equal [1]
+            if look not in layouts:
+                layouts[look] = _layout(file, name, entry)
+            dtype, shape, nbytes = layouts[look]
+            begin, end = entry["data_offsets"]
+            ok = type(begin) is int and type(end) is int and 0 <= begin <= end < 1 << 63
+        except (KeyError, TypeError, ValueError):
+            ok = False
+        if not ok:
+            _refuse(file, name, "dtype, shape and data_offsets", f"{entry!r:.120}", damaged)
+        if nbytes != end - begin:
+            _refuse(file, name, f"{nbytes} bytes for {dtype} {list(shape)}", f"{end - begin}", damaged)
+        infos.append(TensorInfo(name, dtype, shape, file, data_start + begin, data_start + end))
+    return infos
 
 
 def read_header(path: Path, file: str) -> list[TensorInfo]:
@@ -212,8 +247,8 @@ def read_header(path: Path, file: str) -> list[TensorInfo]:
     if sum(map(len, metadata.values())) > MAX_METADATA_BYTES:
         _refuse(file, "__metadata__", f"at most {MAX_METADATA_BYTES} bytes", "more", "remove the metadata")
     start = 8 + length
-    infos = [_header_entry(file, name, entry, start) for name, entry in header.items()]
-    infos.sort(key=lambda info: (info.start, info.end))
+    infos = _header_entries(file, header, start)
+    infos.sort(key=attrgetter("start", "end"))
     position = start
     for info in infos:
         if info.start != position:
@@ -239,16 +274,20 @@ def _shard_names(directory: Path) -> tuple[list[str], dict[str, str] | None]:
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
         _refuse(indexes[0], "weight_map", "an object of tensor name -> file name", "something else", "fetch it again")
-    for tensor, file in weight_map.items():
+    shards = sorted(set(weight_map.values()))
+    for file in shards:
         plain = file == os.path.basename(file) and file not in {"", ".", ".."} and file.isprintable()
         if not plain or any(c in file for c in "\\:~"):
+            tensor = next(t for t, f in weight_map.items() if f == file)
             _refuse(indexes[0], tensor, "a file name inside the checkpoint", f"{file!r} (a path outside)", "correct the index")
-    return sorted(set(weight_map.values())), weight_map
+    return shards, weight_map
 
 
 def _check_index(weight_map: Mapping[str, str], tensors: Mapping[str, TensorInfo]) -> list[Problem]:
     again = "the index is stale: fetch the checkpoint again"
-    problems = []
+    problems: list[Problem] = []
+    if len(weight_map) == len(tensors) and all(weight_map.get(name) == info.file for name, info in tensors.items()):
+        return problems
     for name, file in weight_map.items():
         info = tensors.get(name)
         if info is None or info.file != file:
@@ -310,6 +349,7 @@ def _refuse_without_weights(directory: Path) -> NoReturn:
     _refuse(name, "", "a checkpoint with config.json and *.safetensors", found, "check the path, or fetch the checkpoint")
 
 
+@collector_paused()
 def read_source(in_dir: str | os.PathLike[str]) -> Source:
     """Read the headers and configs of a checkpoint directory.
 
@@ -336,8 +376,8 @@ def read_source(in_dir: str | os.PathLike[str]) -> Source:
         quant_file = read_json(regular_file(directory, QUANT_FILE), QUANT_FILE)
 
     adapter_configs = {}
-    for found in sorted((*directory.glob(ADAPTER_CONFIG), *directory.glob(f"*/{ADAPTER_CONFIG}"))):
-        name = found.relative_to(directory).as_posix()
+    for path in sorted((*directory.glob(ADAPTER_CONFIG), *directory.glob(f"*/{ADAPTER_CONFIG}"))):
+        name = path.relative_to(directory).as_posix()
         folder = name.rpartition("/")[0]
         if not folder.startswith("."):
             adapter_configs[folder] = read_json(regular_file(directory, name), name)

@@ -620,18 +620,18 @@ NAMES = [
         words=("scale",),
     ),
     Case(
-        "lora-inside",
+        "lora-without-its-other-half",
         DENSE,
         put(f"{Q}.lora_A.default.weight", raw("BF16", np.ones((4, 64)))),
         tensor=f"{Q}.lora_A.default.weight",
-        words=("lora", "merge"),
+        words=("lora_B", "only one"),
     ),
     Case(
-        "modules-to-save",
+        "saved-module-of-no-module",
         DENSE,
-        put("lm_head.modules_to_save.default.weight", raw("BF16", np.ones((80, 64)))),
-        tensor="lm_head.modules_to_save.default.weight",
-        words=("merge",),
+        put("model.layers.0.mlp.extra.modules_to_save.default.weight", raw("BF16", np.ones((80, 64)))),
+        tensor="model.layers.0.mlp.extra.modules_to_save.default.weight",
+        words=("unknown",),
     ),
 ]
 PRODUCERS = [

@@ -160,9 +160,9 @@ Matcher = Callable[[Module], bool]
 
 
 def exact_matcher(name: str, space: NameSpace) -> Matcher:
-    """Matches the module of that name in any prefix spelling, and its fused form."""
+    """Matches the module of that name in any prefix spelling, its fused form, and what is below it."""
     canonical = canonical_name(name, space) or name
-    return lambda module: canonical in (module.canonical, module.fused, *module.others) or name in module.spellings
+    return lambda module: canonical in module.names_up() or name in module.spellings
 
 
 def wildcard_matcher(pattern: str, space: NameSpace) -> Matcher:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 REQUANTIZE = "export the original model again as FP8 or NVFP4 (nvidia-modelopt or llm-compressor)"
 INTEGER = f"integer formats are not supported: {REQUANTIZE}"
 
+MERGE = "merge the adapter into the base model first (peft: merge_and_unload)"
 GROUPS_OF_32 = "export with NVFP4 or W4A16_NVFP4 in groups of 16, which is what engines read"
 
 # quant_method -> remedy
@@ -50,8 +51,8 @@ TENSORS: tuple[tuple[frozenset[str], str, str], ...] = (
 SEGMENTS: Mapping[str, tuple[str, str]] = {
     "quant_state": ("bitsandbytes 4-bit", INTEGER),
     "absmax": ("bitsandbytes 4-bit", INTEGER),
-    "lora_E": ("an AdaLoRA adapter", "merge the adapter into the base model first (peft: merge_and_unload)"),
-    "trainable_tokens_delta": ("trainable tokens of PEFT", "merge the adapter into the base model first (peft: merge_and_unload)"),
+    "lora_E": ("an AdaLoRA adapter", MERGE),
+    "trainable_tokens_delta": ("trainable tokens of PEFT", MERGE),
     "weight_quantizer": ("a quantiser's internal buffer", "export the model with the producer's export function"),
     "input_quantizer": ("a quantiser's internal buffer", "export the model with the producer's export function"),
 }

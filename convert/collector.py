@@ -1,0 +1,23 @@
+"""Pauses Python's garbage collector, for code that makes many records and no cycles of references."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def collector_paused() -> Iterator[None]:
+    """Pause the collector, and leave it as it was found.  Also a decorator.
+
+    The collector visits all records again and again while their number grows, and never finds anything: reference counts free
+    them.  It took a third of the time of reading and planning 400,000 tensors.
+    """
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
