@@ -213,6 +213,8 @@ class _Build:
         """One adapter from its tensors."""
         if not all(c.isalnum() or c in "-_ " for c in name) or len(name) > 100:
             self.wrong(tensors[0][1], "an adapter named with letters, digits, - and _", repr(name), "rename the adapter")
+        if all(wrapped.part == SAVED for wrapped, _ in tensors):
+            self.wrong(tensors[0][1], f"lora_A and lora_B of adapter {name} beside its saved modules", "no such tensors")
         pairs: dict[tuple[str, int], dict[str, TensorInfo]] = defaultdict(dict)
         plain: list[tuple[Wrapped, TensorInfo, str]] = []
         for wrapped, info in tensors:
@@ -314,8 +316,8 @@ class _Build:
             odd = next((w for _, w in wrappers if not any(fits(s, w) for s in stacks)), wrappers[0][1])
             a, b = odd["lora_A"], odd["lora_B"]
             shapes = ", ".join(f"{last(s)} [{sum(r or 0 for _, p in s.shards for _, r in p)}, {s.columns}]" for s in stacks)
-            found = f"lora_A {list(a.shape)} and lora_B {list(b.shape)}"
-            self.wrong(a, f"adapters of {stacks[0].experts} experts, {shapes}, as peft 0.21 stores them", found)
+            sizes = f"lora_A {list(a.shape)} and lora_B {list(b.shape)}"
+            self.wrong(a, f"adapters of {stacks[0].experts} experts, {shapes}, as peft 0.21 stores them", sizes)
             return {}
         # peft nests them in the order of the model, the first innermost.
         chosen = dict(zip((last(s) for s in orders[0]), zip(wrappers, ranks)))

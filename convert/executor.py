@@ -7,7 +7,6 @@ values are checked on the way.  Peak memory: `CHUNK` bytes per worker and the sm
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import os
 import shutil
@@ -22,6 +21,7 @@ from typing import Any, BinaryIO
 from runtime.format import CONFIG_FILE, INDEX_FILE, REPORT_FILE
 
 from .apply import count_zeros, find_fault, mean, transform
+from .digests import file_digest
 from .errors import ConvertError, MachineError, Problem
 from .ops import CHECKS, Step
 from .plan import Plan
@@ -221,15 +221,6 @@ def _write_shard(
             zeros += _write_step(plan, step, files, target)
         os.fsync(stream.fileno())
     return zeros
-
-
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file, hexadecimal."""
-    with path.open("rb") as stream:
-        digest = hashlib.sha256()
-        while piece := stream.read(CHUNK):
-            digest.update(piece)
-    return digest.hexdigest()
 
 
 def write_json(path: Path, value: Any) -> None:

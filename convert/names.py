@@ -62,6 +62,27 @@ def canonical_name(name: str, space: NameSpace) -> str | None:
     return None
 
 
+class CanonicalNames:
+    """`canonical_name` for many names: what stands before the last segment is shared by many, and brought to form once."""
+
+    def __init__(self, space: NameSpace) -> None:
+        self._space = space
+        self._stems: dict[str, str | None] = {}
+        runs = [run for alternatives in space.aliases.values() for run, _ in alternatives]
+        # Segments whose meaning depends on what stands before them; all others are appended as they are.
+        self._special = {*space.roots, *space.wrappers, *PEFT_SEGMENTS, PEFT_WRAPPER, *(s for run in runs for s in run)}
+
+    def __call__(self, name: str) -> str | None:
+        """The canonical spelling of a name, or None when no root of the family is found where it must be."""
+        stem, _, last = name.rpartition(".")
+        if not stem or last in self._special:
+            return canonical_name(name, self._space)
+        if stem not in self._stems:
+            self._stems[stem] = self(stem)
+        canonical = self._stems[stem]
+        return None if canonical is None else f"{canonical}.{last}"
+
+
 def _canonical_runs(segments: list[str], space: NameSpace) -> list[str]:
     """Replace each run of segments that the family spells otherwise; the first alias that fits wins."""
     result: list[str] = []

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from runtime.format import DENSE_DTYPES, DTYPE_BYTES
 
@@ -44,11 +45,11 @@ CHECKS: Mapping[str, str] = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Term:
+class Term(NamedTuple):
     """One source tensor in a canonical one: `transform`, then `repeat` copies one after another.
 
-    `rows`: the range of the source's first axis that is taken, or None for all of it.
+    `rows`: the range of the source's first axis that is taken, or None for all of it.  A tuple for the same reason as
+    `TensorInfo`.
     """
 
     source: str

@@ -24,9 +24,10 @@ from runtime.format import (
 )
 
 from .adapters import Wrapped, build_adapters, find_adapters, stand_ins, without_marks
+from .collector import collector_paused
 from .describe import name_repairs, value_repairs
 from .dialects import DIALECTS, find_configs, refused
-from .dialects.base import DENSE, SCALAR, Encoding, Module, Rules
+from .dialects.base import DENSE, SCALAR, Encoding, Module, Rules, regexes_limited
 from .errors import ConvertError, Problem
 from .families import detect_family
 from .families.base import (
@@ -46,7 +47,7 @@ from .families.base import (
     resolve_architecture,
     text_config,
 )
-from .names import canonical_name
+from .names import CanonicalNames
 from .ops import Step, Term, coalesce, term_nbytes
 from .plan import Dropped, Plan
 from .recognise import INCOMPLETE, Recognised, Settled, Stack, disagreements, encodings_for, recognise, settle
@@ -174,8 +175,9 @@ class _Planner:
     def index_tensors(self, tensors: Iterable[tuple[str, TensorInfo]]) -> None:
         """Index stored tensors under the names that they have without adapters."""
         roots = ", ".join(self.family.names.roots)
+        canonical_name = CanonicalNames(self.family.names)
         for stored, info in tensors:
-            name = canonical_name(stored, self.family.names)
+            name = canonical_name(stored)
             if name is None:
                 expected = f"a tensor of {self.family.name} (below {roots})"
                 self.problem(info, expected, "an unknown name", "remove it, or convert with a version that knows it")
@@ -713,13 +715,14 @@ def _refuse_foreign(source: Source) -> None:
     problems: dict[str, Problem] = {}
     suffixes: dict[str, set[str]] = defaultdict(set)
     for info in source.tensors.values():
-        segments = info.name.split(".")
-        for segment in segments:
+        module, _, suffix = info.name.rpartition(".")
+        known = suffixes.get(module)
+        for segment in (suffix,) if known else (*module.split("."), suffix):
             if segment in refused.SEGMENTS:
                 name, remedy = refused.SEGMENTS[segment]
                 problems.setdefault(name, Problem(info.file, info.name, "plain weights", name, remedy))
-        suffixes[".".join(segments[:-1])].add(segments[-1])
-        if segments[-1].endswith("_blocks") and info.dtype == "U8":
+        suffixes[module].add(suffix)
+        if suffix.endswith("_blocks") and info.dtype == "U8":
             remedy = refused.QUANT_METHODS["mxfp4"]
             problems.setdefault("b", Problem(info.file, info.name, "plain weights", "gpt-oss MXFP4 blocks", remedy))
     for module, present in suffixes.items():
@@ -799,6 +802,8 @@ def _check_sizes(plan: Plan) -> None:
         assert given == step.nbytes, (step, infos)
 
 
+@collector_paused()
+@regexes_limited()
 def plan_source(source: Source, shard_size: int = DEFAULT_SHARD_SIZE) -> Plan:
     """Plan the conversion of a source that has been read.
 

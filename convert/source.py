@@ -202,11 +202,12 @@ def _header_entries(file: str, header: Mapping[str, Any], data_start: int) -> li
     """Validate the tensors of a header; returns them with their absolute byte ranges."""
     damaged = "the file is damaged: fetch or export it again"
     _check_names(file, header)
-    layouts: dict[str, tuple[str, tuple[int, ...], int]] = {}  # thousands of experts have few dtypes and shapes
+    layouts: dict[tuple[Any, ...], tuple[str, tuple[int, ...], int]] = {}  # thousands of experts have few of them
     infos = []
     for name, entry in header.items():
         try:
-            look = f"{entry['dtype']!r} {entry['shape']!r}"  # as text: to Python, [1.0] and [true] equal [1]
+            sizes = entry["shape"]
+            look = (entry["dtype"], *sizes, *map(type, sizes))  # types as well: to Python, [1.0] and [true] equal [1]
             if look not in layouts:
                 layouts[look] = _layout(file, name, entry)
             dtype, shape, nbytes = layouts[look]

@@ -24,8 +24,8 @@ from runtime.format import CONFIG_FILE, REPORT_FILE, CanonicalConfig, ModuleSpec
 
 from .adapters import DIRECTORY, Adapter, without_marks
 from .canonical import Canonical, malformed, open_canonical, read_report
+from .digests import file_digest
 from .errors import ConvertError, Problem
-from .executor import file_digest
 from .families.base import Parameter, Placed, joined_names
 from .names import canonical_name
 from .planner import plan_source

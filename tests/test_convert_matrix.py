@@ -67,8 +67,25 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3_5": {"family": "qwen3_5"},
     "qwen3_5_mtp": {"family": "qwen3_5", "mtp": True, "f32_gates": True},
     "qwen3_5_vlm": {"family": "qwen3_5", "wrapper": True, "mtp": True},
+    "qwen3_moe": {"family": "qwen3_moe"},
+    "qwen3_vl_moe": {"family": "qwen3_vl_moe", "wrapper": True},
+    "qwen3_5_moe": {"family": "qwen3_5_moe", "mtp": True, "layout": "X2", "expert_scales": "expert"},
+    "qwen3_5_moe_vlm": {"family": "qwen3_5_moe", "wrapper": True, "mtp": True},
 }
-MATRIX = [Row(family, dialect, scheme) for dialect, scheme in RECIPES for family in FAMILIES]
+ALL_SCHEMES = ("qwen3", "qwen3_tied_bias", "qwen3_5", "qwen3_5_mtp", "qwen3_5_vlm")
+# The number format of a module does not depend on the family: these have a few rows of each dialect (and test_experts.py).
+FEW_SCHEMES = {
+    "modelopt": ("fp8", "nvfp4", "fp8_pb_wo", "mixed"),
+    "compressed-tensors": ("fp8_static", "nvfp4", "mxfp4"),
+    "fp8": ("block", "tensor_static"),
+    "dense": ("bf16",),
+}
+MATRIX = [
+    Row(family, dialect, scheme)
+    for dialect, scheme in RECIPES
+    for family in FAMILIES
+    if family in ALL_SCHEMES or scheme in FEW_SCHEMES[dialect]
+]
 
 
 def _rows(family: str, dialect: str, scheme: str, *variants: dict[str, Any]) -> list[Row]:
@@ -108,7 +125,7 @@ VARIANTS = [
     *_rows("qwen3_5", "fp8", "block", {"shards": 3, "scales_apart": True}),
 ]
 ROWS = MATRIX + VARIANTS
-EXPORTED = [row for row in MATRIX if row.family in ("qwen3_tied_bias", "qwen3_5_vlm")] + [
+EXPORTED = [row for row in MATRIX if row.family not in ("qwen3", "qwen3_5", "qwen3_5_mtp")] + [
     row for row in VARIANTS if "shards" not in dict(row.options)
 ]
 over_rows = pytest.mark.parametrize("row", ROWS, ids=lambda row: row.id)
@@ -190,6 +207,24 @@ def dequantised(entry: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Floa
     raise AssertionError(entry["scheme"])
 
 
+STACKED_ON_THE_HUB = ("qwen3_5_moe", "qwen3_vl_moe")  # families whose own checkpoints store experts stacked and fused
+
+
+def stacks(config: dict[str, Any], stored: dict[str, torch.Tensor]) -> dict[str, list[Floats]]:
+    """Each stack of experts -> the dense float32 value of each expert."""
+    modules, found = config["quantization"]["modules"], {}
+    for module in {name.rpartition(".")[0] for name in stored}:
+        roles = {name.rpartition(".")[2]: t for name, t in stored.items() if name.rpartition(".")[0] == module}
+        if module in modules and "experts" in modules[module]:
+            experts = [{role: tensor[e] for role, tensor in roles.items()} for e in range(modules[module]["experts"])]
+            values = [dequantised(modules[module], expert) for expert in experts]
+            factors = [e["pre_quant_scale"].float().numpy() if "pre_quant_scale" in e else np.float32(1) for e in experts]
+            found[module] = [value * factor for value, factor in zip(values, factors, strict=True)]
+        elif module not in modules and module.rpartition(".")[0].endswith(".experts"):
+            found[module] = list(roles["weight"].float().numpy())
+    return found
+
+
 def projections(architecture: dict[str, Any], module: str, rows: int) -> list[tuple[str, int]]:
     """Hugging Face projections (last name segment, rows) of a canonical module that is not split by its config."""
     a, last = architecture, module.rpartition(".")[2]
@@ -214,7 +249,25 @@ def read_dense(out: Path) -> dict[str, Floats]:
     roots = {"model": "model.language_model", "visual": "model.visual"} if wrapper else {}
     modules = config["quantization"]["modules"]
     dense: dict[str, Floats] = {}
+
+    def put(name: str, values: Floats) -> None:
+        root, _, rest = name.partition(".")
+        dense[f"{roots.get(root, root)}.{rest}"] = values
+
+    experts = stacks(config, stored)
+    for module, values in experts.items():
+        parent, _, last = module.rpartition(".")
+        apart = any(name.rpartition(".")[0] == parent for name in config["unfused"] if last in SOURCES.get("gate_up_proj", ()))
+        if config["family"] in STACKED_ON_THE_HUB and not (apart and last in SOURCES["gate_up_proj"]):
+            put(module, np.stack(values))
+            continue
+        for e, value in enumerate(values):
+            names = SOURCES.get(last, (last,))
+            for projection, part in zip(names, np.split(value, len(names)), strict=True):
+                put(f"{parent}.{e}.{projection}.weight", part)
     for name, tensor in stored.items():
+        if name.rpartition(".")[0] in experts:
+            continue
         module, _, role = name.rpartition(".")
         if (module in modules and role not in ("weight", "bias")) or role in ("k_scale", "v_scale"):
             continue
@@ -228,8 +281,7 @@ def read_dense(out: Path) -> dict[str, Floats]:
         pieces = [(last, len(values))] if last not in SOURCES else projections(config["architecture"], module, len(values))
         row = 0
         for projection, rows in pieces:
-            root, _, rest = f"{parent}{dot}{projection}.{role}".partition(".")
-            dense[f"{roots.get(root, root)}.{rest}"] = values[row : row + rows]
+            put(f"{parent}{dot}{projection}.{role}", values[row : row + rows])
             row += rows
         assert row == len(values)
     return dense
@@ -252,7 +304,8 @@ def test_every_scheme_and_dialect_has_a_row(converted: Callable[[Row], tuple[Bui
     assert activations == {*ACTIVATIONS, None}
     assert {(d.name, e.scheme) for d in DIALECTS for e in d.encodings} == seen
     assert {row.dialect for row in MATRIX} == {*(d.name for d in DIALECTS), "dense"}
-    assert {options["family"] for options in FAMILIES.values()} == {family.name for family in CONVERT_FAMILIES}
+    pairs = {(FAMILIES[row.family]["family"], row.dialect) for row in MATRIX}
+    assert pairs == {(family.name, dialect) for family in CONVERT_FAMILIES for dialect in (*(d.name for d in DIALECTS), "dense")}
 
 
 @over_rows
@@ -659,6 +712,10 @@ def test_export_bfloat16_ties(tmp_path: Path) -> None:
         Row("qwen3_tied_bias", "compressed-tensors", "fp8_static"),
         Row("qwen3_5_mtp", "fp8", "block"),
         Row("qwen3_5_vlm", "modelopt", "mixed_groups"),
+        Row("qwen3_moe", "modelopt", "nvfp4"),
+        Row("qwen3_vl_moe", "fp8", "block"),
+        Row("qwen3_5_moe", "modelopt", "mixed"),
+        Row("qwen3_5_moe_vlm", "compressed-tensors", "nvfp4"),
     ],
     ids=lambda row: row.id,
 )

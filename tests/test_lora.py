@@ -375,6 +375,11 @@ def _half(tensors: dict[str, torch.Tensor]) -> None:
     del tensors[f"{Q}.lora_B.default.weight"]
 
 
+def _only_saved(tensors: dict[str, torch.Tensor]) -> None:
+    for name in [n for n in tensors if ".lora_" in n]:
+        del tensors[name]
+
+
 def _ranks(tensors: dict[str, torch.Tensor]) -> None:
     tensors[f"{Q}.lora_A.default.weight"] = torch.ones(3, 32)
 
@@ -411,6 +416,7 @@ REFUSED: tuple[tuple[str, Callable[[dict[str, torch.Tensor]], None], tuple[str, 
     ("two-prefixes", _twice, ("model.layers.0.self_attn.q_proj.lora_A.default.weight", "one source", "stale")),
     ("original-beside-the-bare-name", _both_copies, ("lm_head", "one source for lm_head.weight", "stale")),
     ("one-half", _half, (f"{Q}.lora_A.default.weight", "only one of them")),
+    ("saved-modules-alone", _only_saved, ("lm_head.modules_to_save.default.weight", "lora_A and lora_B of adapter default")),
     ("ranks-differ", _ranks, (f"{Q}.lora_A.default.weight", "lora_A [r, in]", "[3, 32] and [32, 2]")),
     ("experts-of-other-sizes", _swapped_sizes, (f"{E0}.lora_A.default.weight", "gate_up_proj [48, 32]", "merge")),
     ("module-that-is-not-there", _unknown_module, ("mlp.extra.lora_A.default.weight", "unknown module")),

@@ -10,10 +10,11 @@ import fnmatch
 import re
 import signal
 import threading
+from bisect import bisect_right, insort
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from runtime.format import DENSE_DTYPES
 
@@ -85,6 +86,10 @@ class Claim:
     explicit: bool = True
 
 
+EXCLUDED = Claim(DENSE, None, "excluded")
+NOT_LISTED = Claim(DENSE, None, "not listed")
+
+
 @dataclass(frozen=True, slots=True)
 class KvClaim:
     """What a config says about the KV cache: "fp8", or another format's name that cannot be converted."""
@@ -100,37 +105,36 @@ class Rules:
     where    the file and key it was found at
     dialect  name of the dialect that read it
     exact    canonical module name -> claim (a fused or container name stands for what is below it)
-    ordered  (matcher, claim) pairs, first match wins, after `exact`
+    ordered  (names, claim) pairs, first match wins, after `exact`
     default  the claim for a linear that nothing else matches, or None when unlisted means unquantised
-    ignored  matchers of modules that the config excludes; they win over `ordered` and `default`
+    ignored  the modules that the config excludes; they win over `ordered` and `default`
     silent   whether it names no module at all: the map that it refers to is elsewhere
     """
 
     where: str
     dialect: str
     exact: dict[str, Claim] = field(default_factory=dict)
-    ordered: list[tuple[Matcher, Claim]] = field(default_factory=list)
+    ordered: list[tuple[ModuleNames, Claim]] = field(default_factory=list)
     default: Claim | None = None
-    ignored: list[Matcher] = field(default_factory=list)
+    ignored: ModuleNames = field(default_factory=lambda: ModuleNames())
     kv_cache: KvClaim | None = None
     silent: bool = False
     repairs: list[str] = field(default_factory=list)
 
     def claim(self, module: Module) -> Claim:
         """The claim about one source module.  Falls back to "not quantised" for what the config excludes or omits."""
-        for name in module.names_up():
+        for name in module.names_up() if self.exact else ():
             if name in self.exact:
                 return self.exact[name]
-        if any(matches(module) for matches in self.ignored):
-            return Claim(DENSE, None, "excluded")
-        for matches, claim in self.ordered:
-            if matches(module):
+        if self.ignored.cover(module):
+            return EXCLUDED
+        for names, claim in self.ordered:
+            if names.cover(module):
                 return claim
-        return self.default or Claim(DENSE, None, "not listed")
+        return self.default or NOT_LISTED
 
 
-@dataclass(frozen=True, slots=True)
-class Module:
+class Module(NamedTuple):
     """A source module as configs may call it.
 
     canonical  its canonical name before fusing      spellings  its full names as stored and on the hub
@@ -159,64 +163,143 @@ class Module:
 Matcher = Callable[[Module], bool]
 
 
-def exact_matcher(name: str, space: NameSpace) -> Matcher:
-    """Matches the module of that name in any prefix spelling, its fused form, and what is below it."""
-    canonical = canonical_name(name, space) or name
-    return lambda module: canonical in module.names_up() or name in module.spellings
+@dataclass(slots=True)
+class ModuleNames:
+    """A list of module names and patterns of a config, and whether they cover a module.
+
+    Lists have hundreds of entries and checkpoints a hundred thousand modules.  So names are looked up, as are wildcards that
+    end in their only star, which mean all that begins alike; only real patterns are tried one by one.
+
+    canonical  canonical names           written   the same as they stand in the config
+    heads      what stands before such a star: sorted, and none of them begins with another
+    patterns   matchers of everything else
+    """
+
+    canonical: set[str] = field(default_factory=set)
+    written: set[str] = field(default_factory=set)
+    heads: list[str] = field(default_factory=list)
+    patterns: list[Matcher] = field(default_factory=list)
+
+    def add_name(self, name: str, space: NameSpace) -> None:
+        """Cover the module of that name in any prefix spelling, and its fused form."""
+        self.canonical.add(canonical_name(name, space) or name)
+        self.written.add(name)
+
+    def add_wildcard(self, pattern: str, space: NameSpace) -> None:
+        """Cover what a shell wildcard matches; `*` crosses dots (nvidia-modelopt).  The literal head may have any prefix."""
+        head, star, tail = pattern.partition("*")
+        if not has_wildcard(head):
+            # Canonicalise the literal part up to its last whole segment, so that any wrapper spelling of it matches.
+            stem, dot, partial = head.rpartition(".")
+            canonical = canonical_name(stem, space) if stem else None
+            if canonical is not None:
+                head = f"{canonical}{dot}{partial}"
+            elif (root := canonical_name(partial, space)) is not None:
+                head = root
+            if star and not tail:
+                self._add_head(head)
+                return
+        compiled = re.compile(fnmatch.translate(f"{head}{star}{tail}"))
+        self.patterns.append(lambda m: any(compiled.match(n) for n in (m.canonical, m.fused, *m.spellings)))
+
+    def _add_head(self, head: str) -> None:
+        if self._begins(head):
+            return
+        self.heads = [h for h in self.heads if not h.startswith(head)]
+        insort(self.heads, head)
+
+    def _begins(self, name: str) -> bool:
+        """Whether a name begins with one of the heads: then that is the last of those that sort before it."""
+        at = bisect_right(self.heads, name)
+        return at > 0 and name.startswith(self.heads[at - 1])
+
+    def add_regex(self, pattern: str, where: str) -> None:
+        """Cover what a `re:` target of compressed-tensors matches: anchored at the start, over any spelling.
+
+        Raises `ConvertError` if it is invalid.
+        """
+        try:
+            compiled = re.compile(pattern)
+        except re.error as error:
+            raise ConvertError(
+                Problem(where, "", "a regular expression", f"{pattern!r} ({error})", "correct the pattern")
+            ) from None
+
+        def matches(module: Module) -> bool:
+            with _REGEX_TIMER.watch(where, pattern):
+                return any(compiled.match(n) for n in {*module.spellings, module.canonical})
+
+        self.patterns.append(matches)
+
+    def cover(self, module: Module) -> bool:
+        """Whether any name or pattern means this module."""
+        canonical, spellings, fused, _, others = module
+        names = self.canonical
+        if names and (canonical in names or fused in names or not names.isdisjoint(others)):
+            return True
+        if not self.written.isdisjoint(spellings):
+            return True
+        if self.heads and any(map(self._begins, (canonical, fused, *spellings))):
+            return True
+        return any(matches(module) for matches in self.patterns)
 
 
-def wildcard_matcher(pattern: str, space: NameSpace) -> Matcher:
-    """Shell wildcard over module paths; `*` crosses dots (nvidia-modelopt).  The literal head may have any prefix."""
-    head, star, tail = pattern.partition("*")
-    if "?" not in head and "[" not in head:
-        # Canonicalise the literal part up to its last whole segment, so that any wrapper spelling of it matches.
-        stem, dot, partial = head.rpartition(".")
-        canonical = canonical_name(stem, space) if stem else None
-        if canonical is not None:
-            pattern = f"{canonical}{dot}{partial}{star}{tail}"
-        elif (root := canonical_name(partial, space)) is not None:
-            pattern = f"{root}{star}{tail}"
-    compiled = re.compile(fnmatch.translate(pattern))
-    return lambda module: any(compiled.match(n) for n in (module.canonical, module.fused, *module.spellings))
-
-
-def regex_matcher(pattern: str, where: str) -> Matcher:
-    """`re:` target of compressed-tensors: anchored at the start, over any spelling.  Raises `ConvertError` if invalid."""
-    try:
-        compiled = re.compile(pattern)
-    except re.error as error:
-        raise ConvertError(
-            Problem(where, "", "a regular expression", f"{pattern!r} ({error})", "correct the pattern")
-        ) from None
-
-    def matches(module: Module) -> bool:
-        with time_limit(where, pattern):
-            return any(compiled.match(n) for n in (*module.spellings, module.canonical))
-
-    return matches
+def has_wildcard(name: str) -> bool:
+    """Whether a name of a config is a shell wildcard."""
+    return "*" in name or "?" in name or "[" in name
 
 
 MAX_REGEX_S = 1.0  # longest time one regular expression of a config may take for one module
 
 
-@contextmanager
-def time_limit(where: str, pattern: str) -> Iterator[None]:
-    """Interrupt a regular expression that backtracks for ever.  Works in the main thread, where Python allows timers."""
-    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
-        yield
-        return
+@dataclass(slots=True)
+class _RegexTimer:
+    """Interrupts a regular expression that backtracks for ever.
 
-    def stop(*_: object) -> NoReturn:
+    The handler is installed once for a whole plan, because Python takes much longer to install it than to start the timer.
+    """
+
+    thread: int = 0  # the thread that the handler is installed for; 0 for none
+    running: tuple[str, str] = ("", "")  # where the expression stands, and the expression
+
+    def stop(self, *_: object) -> NoReturn:
+        where, pattern = self.running
         raise ConvertError(
             Problem(where, "", f"a pattern that matches within {MAX_REGEX_S} s", repr(pattern), "simplify the pattern")
         )
 
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, MAX_REGEX_S)
+    def __enter__(self) -> None:
+        if self.thread == threading.get_ident():
+            signal.setitimer(signal.ITIMER_REAL, MAX_REGEX_S)
+
+    def __exit__(self, *_: object) -> None:
+        if self.thread == threading.get_ident():
+            signal.setitimer(signal.ITIMER_REAL, 0)
+
+    def watch(self, where: str, pattern: str) -> _RegexTimer:
+        """To be entered around one match."""
+        self.running = (where, pattern)
+        return self
+
+
+_REGEX_TIMER = _RegexTimer()
+
+
+@contextmanager
+def regexes_limited() -> Iterator[None]:
+    """Within it, no regular expression takes longer than `MAX_REGEX_S`.  Works in the main thread, where Python allows timers.
+
+    Also a decorator.
+    """
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
+        yield
+        return
+    before = signal.signal(signal.SIGALRM, _REGEX_TIMER.stop)
+    _REGEX_TIMER.thread = threading.get_ident()
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        _REGEX_TIMER.thread = 0
         signal.signal(signal.SIGALRM, before)
 
 
@@ -237,6 +320,8 @@ class Dialect:
 def config_name(name: Any, space: NameSpace, rules: Rules) -> str:
     """A module name of a config list: sentinel repaired (counted in `rules.repairs` by its effect), wrappers kept."""
     text = str(name)
+    if "\x00" not in text:
+        return text
     repaired = repair_sentinel(text)
     if repaired != text:
         rules.repairs.append("sentinel")

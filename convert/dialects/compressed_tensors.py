@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -18,15 +18,13 @@ from .base import (
     Dialect,
     Encoding,
     KvClaim,
-    Matcher,
     Module,
+    ModuleNames,
     Rules,
     Stored,
     config_name,
-    exact_matcher,
     expect_mapping,
     expect_names,
-    regex_matcher,
 )
 
 _FP8 = Stored("weight", "weight", ("F8_E4M3",), (("N", "K"),), "copy")
@@ -122,13 +120,22 @@ def _inputs(args: Mapping[str, Any] | None, where: str, group: str) -> str | Non
     return found
 
 
-def _matcher(target: str, where: str, space: NameSpace) -> Matcher:
-    """One `targets` or `ignore` entry: `re:` pattern, module path, or class name."""
-    if target.startswith("re:"):
-        return regex_matcher(target[3:], where)
-    if "." not in target and target.endswith("Linear"):  # Linear, and classes that derive from it
-        return _is_linear
-    return exact_matcher(target, space)
+def _is_class(target: str) -> bool:
+    """Whether a target is the class name Linear, or one that derives from it."""
+    return "." not in target and target.endswith("Linear")
+
+
+def _names(targets: Iterable[str], where: str, space: NameSpace) -> ModuleNames:
+    """`targets` or `ignore` entries: `re:` patterns, module paths, or class names."""
+    names = ModuleNames()
+    for target in targets:
+        if target.startswith("re:"):
+            names.add_regex(target[3:], where)
+        elif _is_class(target):
+            names.patterns.append(_is_linear)
+        else:
+            names.add_name(target, space)
+    return names
 
 
 def _is_linear(module: Module) -> bool:
@@ -164,14 +171,15 @@ def read(block: Mapping[str, Any], where: str, space: NameSpace) -> Rules:
         scheme = _weights(expect_mapping(weights, where, name), where, name)
         inputs = _inputs(group.get("input_activations"), where, name)
         claims.append((group, Claim(scheme, inputs, f"{group.get('format') or block.get('format')} ({name})")))
+    classes: list[tuple[ModuleNames, Claim]] = []
     for group, claim in claims:
-        for target in expect_names(group.get("targets"), where, "targets"):
-            matcher = _matcher(config_name(target, space, rules), where, space)
-            rules.ordered.append((matcher, replace(claim, explicit=matcher is not _is_linear)))
+        targets = [config_name(t, space, rules) for t in expect_names(group.get("targets"), where, "targets")]
+        rules.ordered.append((_names((t for t in targets if not _is_class(t)), where, space), claim))
+        classes.append((_names(filter(_is_class, targets), where, space), replace(claim, explicit=False)))
     # Path and pattern targets win over class names, whatever the order of the groups.
-    rules.ordered.sort(key=lambda pair: pair[0] is _is_linear)
-    for name in expect_names(block.get("ignore"), where, "ignore"):
-        rules.ignored.append(_matcher(config_name(name, space, rules), where, space))
+    rules.ordered += classes
+    ignored = [config_name(name, space, rules) for name in expect_names(block.get("ignore"), where, "ignore")]
+    rules.ignored = _names(ignored, where, space)
     rules.kv_cache = _kv_claim(block.get("kv_cache_scheme"))
     return rules
 

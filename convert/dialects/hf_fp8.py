@@ -19,7 +19,6 @@ from .base import (
     Rules,
     Stored,
     config_name,
-    exact_matcher,
     expect_names,
 )
 
@@ -76,7 +75,7 @@ def read(block: Mapping[str, Any], where: str, space: NameSpace) -> Rules:
     rules.default = claim
     for key in ("modules_to_not_convert", "ignored_layers"):
         for name in expect_names(block.get(key), where, key):
-            rules.ignored.append(exact_matcher(config_name(name, space, rules), space))
+            rules.ignored.add_name(config_name(name, space, rules), space)
     return rules
 
 

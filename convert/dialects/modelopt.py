@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from ..errors import ConvertError, Problem
-from ..names import NameSpace, canonical_name
+from ..names import CanonicalNames, NameSpace
 from .base import (
     FLOATS,
     SCALAR,
@@ -19,13 +19,13 @@ from .base import (
     Dialect,
     Encoding,
     KvClaim,
+    ModuleNames,
     Rules,
     Stored,
     config_name,
-    exact_matcher,
     expect_mapping,
     expect_names,
-    wildcard_matcher,
+    has_wildcard,
 )
 
 _FP8 = Stored("weight", "weight", ("F8_E4M3",), (("N", "K"),), "copy")
@@ -129,24 +129,29 @@ def read(block: Mapping[str, Any], where: str, space: NameSpace) -> Rules:
     rules.kv_cache = _kv_claim(form.get("kv_cache_scheme", form.get("kv_cache_quant_algo")))
     for name in expect_names(form.get("ignore", form.get("exclude_modules")), where, "ignore"):
         pattern = config_name(name, space, rules)
-        make = wildcard_matcher if any(c in pattern for c in "*?[") else exact_matcher
-        rules.ignored.append(make(pattern, space))
+        if has_wildcard(pattern):
+            rules.ignored.add_wildcard(pattern, space)
+        else:
+            rules.ignored.add_name(pattern, space)
     algorithm = form.get("quant_algo")
     layers = form.get("quantized_layers")
     if layers is not None or str(algorithm).upper() == "MIXED_PRECISION":
         # An allow list: what it does not name is not quantised.  `config_groups` repeats it and is ignored, because the
         # two disagree in released checkpoints (groups synthesise their activations from the algorithm's name).
         rules.silent = layers is None
+        canonical = CanonicalNames(space)
         for name, entry in expect_mapping(layers or {}, where, "quantized_layers").items():
             key = config_name(name, space, rules)
             entry = expect_mapping(entry, where, key)
             claim = _claim(entry, where, key)
             if claim.scheme == "nvfp4" and entry.get("with_input_scale") is not False:
                 claim = replace(claim, optional_input_scale=False)  # weight-only has a word of its own here: W4A16_NVFP4
-            if any(c in key for c in "*?["):
-                rules.ordered.append((wildcard_matcher(key, space), claim))
-            else:
-                rules.exact[canonical_name(key, space) or key] = claim
+            if not has_wildcard(key):
+                rules.exact[canonical(key) or key] = claim
+                continue
+            if not rules.ordered or rules.ordered[-1][1] != claim:
+                rules.ordered.append((ModuleNames(), claim))
+            rules.ordered[-1][0].add_wildcard(key, space)
     elif algorithm is not None:
         rules.default = replace(_claim(form, where, "quant_algo"), explicit=False)
         if rules.default.scheme == "nvfp4" and _no_inputs(form.get("config_groups")):
