@@ -326,8 +326,8 @@ def experts_only(scheme: str, otherwise: str = "bf16", shared: bool = True) -> S
         if module.startswith(("mtp.", "model.layers.45.", "model.layers.46.", "model.layers.47.")):
             return "bf16"
         segments = module.split(".")
-        inside = "experts" in segments or shared and not {"shared_expert", "share_expert", "shared_experts"}.isdisjoint(segments)
-        return scheme if inside else otherwise
+        names = {"experts", *(("shared_expert", "share_expert", "shared_experts") if shared else ())}
+        return otherwise if names.isdisjoint(segments) else scheme
 
     return choose
 

@@ -25,23 +25,42 @@ def _head_change(stored: Sequence[str], canonical: Sequence[str]) -> str:
     return " -> ".join(f"{head}.{part}" if head else part for head in heads)
 
 
+def _stem_change(stored: str, canonical: str, known: dict[tuple[str, str], str]) -> str:
+    """`_head_change` for many names: names that go on alike have the change of their stems, which `known` remembers."""
+    old, _, last = stored.rpartition(".")
+    new, _, same = canonical.rpartition(".")
+    if last != same or not old or not new:
+        return _head_change(stored.split("."), canonical.split("."))
+    if (old, new) not in known:
+        known[old, new] = _stem_change(old, new, known)
+    return known[old, new]
+
+
 def name_repairs(by_name: Mapping[str, TensorInfo], joined: Mapping[str, tuple[str, str]]) -> list[str]:
     """Changes of names.  `by_name`: canonical name -> stored tensor; `joined`: see `families.base.joined_names`."""
     prefixes: Counter[str] = Counter()
+    known: dict[tuple[str, str], str] = {}
     peft = glued = 0
     for canonical, info in by_name.items():
         if info.name == canonical:
             continue
-        segments = (without_marks(info.name) if SAVED in info.name.split(".") else info.name).split(".")
+        old, _, last = info.name.rpartition(".")
+        new, _, same = canonical.rpartition(".")
+        if last == same and (old, new) in known:  # most tensors: another one of a module that has been seen
+            prefixes[known[old, new]] += 1
+            continue
+        segments = info.name.split(".")
+        if SAVED in segments:
+            segments = without_marks(info.name).split(".")
         if not PEFT_SEGMENTS.isdisjoint(segments):
             peft += 1
             segments = [s for s in segments if s not in PEFT_SEGMENTS]
         if segments[-1] in joined and segments[-2:-1] == ["experts"]:
             glued += 1
             segments[-1:] = joined[segments[-1]]
-        wanted = canonical.split(".")
-        if segments != wanted:
-            prefixes[_head_change(segments, wanted)] += 1
+        stored = ".".join(segments)
+        if stored != canonical:
+            prefixes[_stem_change(stored, canonical, known)] += 1
     lines = [f"prefix {change} ({count} tensors)" for change, count in sorted(prefixes.items())]
     if peft:
         lines.append(f"{' and '.join(sorted(PEFT_SEGMENTS))} removed from names ({peft} tensors)")
@@ -54,11 +73,18 @@ def value_repairs(
     steps: Iterable[Step], tensors: Mapping[str, TensorInfo], by_name: Mapping[str, TensorInfo]
 ) -> list[str]:
     """Changes of shapes, dtypes and conventions.  `tensors`: stored name -> tensor."""
-    canonical_of = {info.name: name for name, info in by_name.items()}
+    canonical_of: dict[str, str] = {}
     kinds: dict[str, set[str]] = defaultdict(set)
     for step in steps:
+        several = len(step.terms) > 1
         for term in step.terms:
             info = tensors[term.source]
+            same = term.transform == "copy" or (term.transform == "f32" and info.dtype == "F32")
+            if same and several and term.repeat == 1:  # nearly all terms
+                if info.shape == ():
+                    kinds["0-d scalar stored as a vector"].add(info.name)
+                continue
+            canonical_of = canonical_of or {i.name: name for name, i in by_name.items()}
             module, _, suffix = canonical_of.get(info.name, info.name).rpartition(".")
             if term.repeat > 1:
                 owner = module.rpartition(".")[2]

@@ -31,7 +31,7 @@ ROWS_BYTES = 64 << 20  # float32 bytes of a weight that are in memory at a time
 
 @dataclass(frozen=True, slots=True)
 class _Output:
-    """One exported tensor: rows [start, stop) of a canonical module or tensor, under its hub name.
+    """One exported tensor: ranges of rows of a canonical module or tensor, under its hub name.
 
     The rows of a stack of experts are those of its first expert, then of its second, ...
     """
@@ -40,8 +40,7 @@ class _Output:
     dtype: str
     shape: tuple[int, ...]
     module: str
-    start: int
-    stop: int
+    spans: tuple[tuple[int, int], ...]
     spec: ModuleSpec | None
 
     @property
@@ -60,7 +59,7 @@ class _Output:
     @property
     def width(self) -> int:
         """Elements of one row."""
-        return self.numel // max(1, self.stop - self.start)
+        return self.numel // max(1, sum(stop - start for start, stop in self.spans))
 
 
 class _Checkpoint:
@@ -78,9 +77,8 @@ class _Checkpoint:
         info = self.tensors[name]
         return self.maps[info.file][info.start : info.end]
 
-    def values(self, output: _Output, start: int, stop: int) -> NDArray[np.float32]:
-        """Rows [start, stop) of an exported tensor as float32."""
-        first, last = output.start + start, output.start + stop
+    def values(self, output: _Output, first: int, last: int) -> NDArray[np.float32]:
+        """Rows [first, last) of the module that an exported tensor is part of, as float32."""
         if output.spec is None:
             info = self.tensors[output.module]
             raw = self.raw(output.module)
@@ -112,7 +110,7 @@ def _outputs(checkpoint: _Checkpoint, dtype: str) -> Iterator[_Output]:
         # Under bfloat16, an unquantised tensor keeps its stored dtype: rounding it would lose what the source had.
         kept = dtype if dtype == "F32" else info.dtype
         tail = info.shape[2:] if module in stacks else info.shape[1:]
-        return _Output(hub_name(name, roots), kept, (stop - start, *tail), module, start, stop, None)
+        return _Output(hub_name(name, roots, family.hub_runs), kept, (stop - start, *tail), module, ((start, stop),), None)
 
     placed_all = checkpoint.placed
     stacks = {f"{p.name}.weight" for p in placed_all if p.experts is not None}
@@ -128,7 +126,8 @@ def _outputs(checkpoint: _Checkpoint, dtype: str) -> Iterator[_Output]:
         rows = rows or info.shape[0]
         if spec is None:
             return dense(name, f"{module}.weight", start, start + rows)
-        return _Output(hub_name(name, roots), dtype, (rows, spec.shape[1]), module, start, start + rows, spec.tall())
+        hub, spans = hub_name(name, roots, family.hub_runs), ((start, start + rows),)
+        return _Output(hub, dtype, (rows, spec.shape[1]), module, spans, spec.tall())
 
     for placed in placed_all:
         if not isinstance(placed.item, Linear):
@@ -140,7 +139,16 @@ def _outputs(checkpoint: _Checkpoint, dtype: str) -> Iterator[_Output]:
         if placed.experts is not None and stacked:
             whole = weight(placed.name, placed.name, 0, 0)
             rows = placed.experts * sum(n or 0 for _, partitions in placed.shards for _, n in partitions)
-            yield replace(whole, shape=(placed.experts, rows // placed.experts, placed.columns or 0), stop=rows)
+            yield replace(whole, shape=(placed.experts, rows // placed.experts, placed.columns or 0), spans=((0, rows),))
+            continue
+        if placed.experts is not None and placed.item.export == "projection" and not apart:
+            sizes = [sum(n or 0 for _, n in partitions) for _, partitions in placed.shards]
+            for position, (shard, _) in enumerate(placed.shards):
+                first, size = sum(sizes[:position]), sizes[position]
+                spans = tuple((e * sum(sizes) + first, e * sum(sizes) + first + size) for e in range(placed.experts))
+                name = f"{placed.parent.rpartition('.')[0]}.{shard.rpartition('.')[2]}.weight"
+                shape = (placed.experts, size, placed.columns or 0)
+                yield replace(weight(name, placed.name, 0, 0), shape=shape, spans=spans)
             continue
         last = placed.name.rpartition(".")[2]
         row = 0
@@ -170,10 +178,9 @@ def _write(path: Path, outputs: list[_Output], checkpoint: _Checkpoint) -> None:
     with path.open("wb") as target:
         target.write(header_bytes((o.name, o.dtype, o.shape, o.nbytes) for o in outputs))
         for output in outputs:
-            rows = output.stop - output.start
             step = max(1, ROWS_BYTES // (4 * max(1, output.width)))
-            for start in range(0, rows, step):
-                stop = min(start + step, rows)
+            pieces = ((at, min(at + step, stop)) for start, stop in output.spans for at in range(start, stop, step))
+            for start, stop in pieces:
                 values = np.ascontiguousarray(checkpoint.values(output, start, stop)).reshape(-1)
                 if output.dtype == "F32":
                     target.write(values.tobytes())

@@ -26,6 +26,10 @@ PEFT_SEGMENTS = frozenset({PEFT_LAYER, PEFT_ORIGINAL})
 _SENTINEL = re.compile(r"\.\x00.*?(\.?\*)?$", re.DOTALL)
 
 
+Run = tuple[str, ...]
+Aliases = Mapping[str, tuple[tuple[Run, Run], ...]]  # first segment -> (run of segments, what it becomes) pairs
+
+
 @dataclass(frozen=True, slots=True)
 class NameSpace:
     """The roots of a family's parts, and inner spellings that differ.
@@ -37,7 +41,7 @@ class NameSpace:
 
     wrappers: frozenset[str]
     roots: Mapping[str, str]
-    aliases: Mapping[str, tuple[tuple[tuple[str, ...], tuple[str, ...]], ...]] = field(default_factory=dict)
+    aliases: Aliases = field(default_factory=dict)
 
 
 def repair_sentinel(name: str) -> str:
@@ -55,7 +59,7 @@ def canonical_name(name: str, space: NameSpace) -> str | None:
         if root is not None:
             rest = segments[position + 1 :]
             if not space.aliases.keys().isdisjoint(rest):
-                rest = _canonical_runs(rest, space)
+                rest = replace_runs(rest, space.aliases)
             return ".".join((root, *rest)) if rest else root
         if segment not in space.wrappers and segment != PEFT_WRAPPER:
             return None
@@ -83,12 +87,12 @@ class CanonicalNames:
         return None if canonical is None else f"{canonical}.{last}"
 
 
-def _canonical_runs(segments: list[str], space: NameSpace) -> list[str]:
-    """Replace each run of segments that the family spells otherwise; the first alias that fits wins."""
+def replace_runs(segments: list[str], table: Aliases) -> list[str]:
+    """Replace each run of segments that is spelt otherwise; the first alias that fits wins."""
     result: list[str] = []
     position = 0
     while position < len(segments):
-        for run, canonical in space.aliases.get(segments[position], ()):
+        for run, canonical in table.get(segments[position], ()):
             if tuple(segments[position : position + len(run)]) == run:
                 result += canonical
                 position += len(run)
@@ -99,7 +103,7 @@ def _canonical_runs(segments: list[str], space: NameSpace) -> list[str]:
     return result
 
 
-def aliases(*pairs: tuple[str, str]) -> dict[str, tuple[tuple[tuple[str, ...], tuple[str, ...]], ...]]:
+def aliases(*pairs: tuple[str, str]) -> Aliases:
     """The `aliases` of a `NameSpace` from dotted (spelling, canonical) pairs; longer spellings are tried first."""
     table: dict[str, list[tuple[tuple[str, ...], tuple[str, ...]]]] = {}
     for spelling, canonical in pairs:

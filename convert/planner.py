@@ -50,7 +50,7 @@ from .families.base import (
 from .names import CanonicalNames
 from .ops import Step, Term, coalesce, term_nbytes
 from .plan import Dropped, Plan
-from .recognise import INCOMPLETE, Recognised, Settled, Stack, disagreements, encodings_for, recognise, settle
+from .recognise import INCOMPLETE, Recognised, Settled, Stack, disagreements, encodings_for, recognise, settle, sibling
 from .source import MAX_LAYERS, Source, TensorInfo, read_source
 
 DEFAULT_SHARD_SIZE = 5_000_000_000
@@ -122,6 +122,8 @@ class _Stored:
         """The term that this projection contributes to the canonical tensor of a role."""
         info, stored = self.found.tensors[role]
         transform = stored.transform
+        if self.expert is None and partitions == 1:
+            return Term(info.name, transform)
         if self.expert is not None and _numel(info) > 1:
             rows = (self.expert, self.expert + 1)
             if self.transposed and len(info.shape) == 3:
@@ -467,7 +469,7 @@ class _Planner:
             self.problem(first, "configs that agree", f"{a}, but {b}; the tensors fit both", "remove the wrong config")
         elif settled.missing_input_scale:
             suffix = next((t.suffix for t in found.encoding.tensors if t.role == "input_scale"), "input_scale")
-            file, missing = first.file, f"{spelling}.{suffix}"
+            file, missing = sibling(tensors, suffix)
             label = settled.claim.label if settled.claim else ""
             self.problems.append(Problem(file, missing, f"the static input scale of {label}", "no such tensor", INCOMPLETE))
         if settled.claim is None or settled.claim.optional_input_scale:
@@ -496,7 +498,7 @@ class _Planner:
         stack: Stack | None,
     ) -> Recognised | list[Problem]:
         """`recognise.recognise`, remembering the answer: thousands of experts look alike."""
-        look = tuple(sorted((suffix, i.dtype, i.shape) for suffix, i in tensors.items()))
+        look = tuple([(suffix, i.dtype, i.shape) for suffix, i in tensors.items()])
         known = self.recognised.get((look, shape, partitions, claimed, stack))
         if known is not None:
             roles = {role: (tensors[s.suffix], s) for role, (_, s) in known.tensors.items()}
@@ -589,6 +591,9 @@ class _Planner:
         alone.  It is taken for lost when a sibling in the same fused group, a module of the same kind in another layer, or
         (input scales; the head apart) any module under the same algorithm has one.
         """
+        together = {frozenset(stored.found.tensors) for _, _, stored in self.optional_scales}
+        if len(together) <= 1:
+            return  # as nearly always: all have the same
         groups: dict[tuple[str, str, str], list[_Stored]] = defaultdict(list)
         for fused_name, label, stored in self.optional_scales:
             kind = ".".join("#" if s.isdecimal() else s for s in stored.name.split("."))
@@ -605,7 +610,7 @@ class _Planner:
             weight = stored.found.tensors["weight"][0]
             self.problems.append(
                 Problem(
-                    weight.file, f"{weight.name.rpartition('.')[0]}.{role}", f"the {role} that its like have",
+                    *sibling({"weight": weight}, role), f"the {role} that its like have",
                     "no such tensor", "calibrate every module, and export again",
                 )
             )  # fmt: skip

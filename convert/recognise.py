@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from runtime.format import ACTIVATIONS, FP8_BLOCK, MX_GROUP, NVFP4_GROUP, ceil_div
 
@@ -27,8 +28,7 @@ DEFAULT_ACTIVATIONS: Mapping[str, str | None] = {
 STATIC_ACTIVATIONS: Mapping[str, str] = {"fp8_tensor": "fp8_static", "fp8_channel": "fp8_static", "nvfp4": "nvfp4"}
 
 
-@dataclass(frozen=True, slots=True)
-class Recognised:
+class Recognised(NamedTuple):
     """A stored module: its scheme ("dense" when not quantised), logical size, and tensor of each role."""
 
     scheme: str
@@ -99,10 +99,15 @@ def _infer(info: TensorInfo, stored: Stored) -> tuple[int, int] | None:
     return info.shape[0], info.shape[1] * (2 if stored.shapes[0][-1] == "K/2" else 1)
 
 
-def _sibling(tensors: Mapping[str, TensorInfo], suffix: str) -> tuple[str, str]:
+def sibling(tensors: Mapping[str, TensorInfo], suffix: str) -> tuple[str, str]:
     """(file, name) that the missing tensor `suffix` would have beside the stored ones."""
-    near = tensors.get("weight") or tensors.get("weight_packed") or next(iter(tensors.values()))
-    return near.file, f"{near.name.rpartition('.')[0]}.{suffix}"
+    key = next((k for k in ("weight", "weight_packed") if k in tensors), next(iter(tensors)))
+    near = tensors[key]
+    module, _, last = near.name.rpartition(".")
+    if last == key:
+        return near.file, f"{module}.{suffix}"
+    # A stack of experts: its weight is `gate_up_proj` or `w13_weight`, its scales continue that with an underscore.
+    return near.file, f"{near.name.removesuffix(f'_{key}')}_{suffix}"
 
 
 def _complaints(
@@ -123,7 +128,7 @@ def _complaints(
             if fault:
                 problems.append(fault)
         elif not stored.optional:
-            file, name = _sibling(tensors, stored.suffix)
+            file, name = sibling(tensors, stored.suffix)
             problems.append(
                 Problem(file, name, f"the {stored.role} of {encoding.scheme} weights", "no such tensor", INCOMPLETE)
             )
@@ -190,13 +195,12 @@ def recognise(
         return match
     if best:
         return best
-    file, name = _sibling(tensors, "weight")
+    file, name = sibling(tensors, "weight")
     present = ", ".join(sorted(tensors))
     return [Problem(file, name, "a weight", f"only {present}", INCOMPLETE)]
 
 
-@dataclass(frozen=True, slots=True)
-class Settled:
+class Settled(NamedTuple):
     """How a module's input is quantised, after tensors and configs have been weighed.
 
     `drop_input_scale`: a scale is stored that the scheme does not use.  `claim`: the config's words that fit the tensors.

@@ -28,6 +28,7 @@ MAX_METADATA_BYTES = 1_000_000
 MAX_NAME_LENGTH = 4096
 MAX_JSON_BYTES = 100_000_000
 MAX_LAYERS = 10_000  # of any part; the largest published model has 128
+MAX_EXPERTS = 10_000  # of one layer; the largest published model has 512
 MAX_SIDE_DEPTH = 4  # folders below the checkpoint that are searched for side files
 
 QUANT_FILE = "hf_quant_config.json"

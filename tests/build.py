@@ -434,8 +434,9 @@ class Recipe:
 
     def kind(self, name: str, first: tuple[tuple[str, str | None], ...] = ()) -> str | None:
         """Kind of a projection by plain name, or None when it stays dense.  `first`: rules that win over all others."""
-        routers = ((pattern, None) for pattern in ("*.mlp.gate", "*.shared_expert_gate"))
-        usual = (("lm_head", None), ("*.in_proj_[ab]", None), ("mtp.*", None), ("*", self.default))
+        routers = ((pattern, None) for pattern in ("*.mlp.gate", "*.mixer.gate", "*.moe.gate", "*.shared_expert_gate"))
+        drafts = (("mtp.*", None), ("*.eh_proj", None), ("*.shared_head.head", None))
+        usual = (("lm_head", None), ("*.in_proj_[ab]", None), *drafts, ("*", self.default))
         rules = (*first, *routers, *self.rules, *usual)
         return next(kind for pattern, kind in rules if fnmatch.fnmatchcase(name, pattern))
 
@@ -455,7 +456,8 @@ RECIPES: Mapping[tuple[str, str], Recipe] = {
     ("modelopt", "mxfp8"): Recipe("mxfp8"),
     ("modelopt", "mxfp4"): Recipe("mxfp4_wo"),
     ("modelopt", "mixed"): Recipe(None, (("lm_head", "nvfp4"), ("model.*.mlp.*", "nvfp4"), ("*.in_proj_[ab]", None),
-                                         ("model.*_attn.*", "fp8"))),
+                                         ("model.*_attn.*", "fp8"), ("model.*.experts.*", "nvfp4"),
+                                         ("model.*.mixer.*", "fp8"), ("model.*.share_expert.*", "nvfp4"))),
     # One fusable group, several number formats; and a quantised in_proj_ba (seen in Qwen3.8 recipes).
     ("modelopt", "mixed_groups"): Recipe(None, (("lm_head", "fp8_wo"), ("model.*.q_proj", "fp8"),
                                                 ("model.*.in_proj_qkv", "fp8"), ("*.in_proj_[ab]", "fp8"),
@@ -495,6 +497,7 @@ RECIPES: Mapping[tuple[str, str], Recipe] = {
     ("dense", "f32"): Recipe(None),
 }  # fmt: skip
 
+_ROUTER_BIASES = ("e_score_correction_bias", "router_bias")  # F32, whatever the model is
 _DENSE_DTYPE = {"f16": "F16", "f32": "F32"}  # schemes whose unquantised tensors are not BF16
 _TORCH_NAME = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 
@@ -506,7 +509,8 @@ class Options:
     tied               no `lm_head`; the config says that it is the embedding
     wrapper            a vision-language wrapper with its towers (default: a flat text config)
     mtp                a multi-token-prediction head under `mtp.*`
-    bias               attention projections have biases (qwen3)
+    variety            which model of the family, where it has several kinds (nemotron_h: "dense", "latent")
+    bias               attention projections have biases (qwen3, llama: with those of the MLP)
     sizes              dimensions, or a key of `SIZES`; None: what suits the scheme
     f32_gates          `A_log` and `linear_attn.norm` are F32, as Qwen3.5 stores them
     kv                 KV-cache scales: "tensor", "head" (compressed-tensors only) or None
@@ -533,6 +537,7 @@ class Options:
     tied: bool = False
     wrapper: bool = False
     mtp: bool = False
+    variety: str = ""
     bias: bool = False
     sizes: str | Sizes | None = None
     f32_gates: bool = False
@@ -841,7 +846,7 @@ def _variant(o: Options) -> Variant:
     # Blocks of a fused stack that run across the end of gate cannot come from gate and up, each quantised on its own.
     whole = LAYOUTS[o.layout].fused and blocks and sizes.moe_inter % BLOCK > 0
     dtype = _TORCH_NAME[_DENSE_DTYPE.get(o.scheme, "BF16")]
-    return Variant(sizes, o.tied, o.wrapper, o.mtp, o.bias, whole, dtype)
+    return Variant(sizes, o.variety, o.tied, o.wrapper, o.mtp, o.bias, whole, dtype)
 
 
 def _owner_of_scalars(name: str, expert_scales: str) -> str:
@@ -867,7 +872,7 @@ def _choose(family: str, o: Options, place: Prefix, seed: int) -> _Source:
         return np.random.default_rng([seed, zlib.crc32(name.encode())])
 
     for name, shape in net.others.items():
-        f32 = o.f32_gates and name.endswith(("A_log", "linear_attn.norm.weight"))
+        f32 = name.endswith(_ROUTER_BIASES) or (o.f32_gates and name.endswith(("A_log", "linear_attn.norm.weight")))
         source.plain[name] = raw("F32" if f32 else dtype, rng(name).normal(0, 0.05, shape))
     for linear in net.linears:
         if (kind := recipe.kind(linear.name, o.rules)) is None:
@@ -918,7 +923,8 @@ def _expect(built: Built, source: _Source, o: Options) -> None:
         dense[f"{linear.name}.weight"] = q.dense if q else source.plain[f"{linear.name}.weight"].floats()
         if q and q.division is not None:
             divided[f"{linear.name}.weight"] = q.division
-    stacked = {fused: rows for fused, rows in stacks.items() if family.stacked and fused not in built.unfused}
+    whole = {fused: list(rows.values()) for fused, rows in stacks.items() if fused not in built.unfused}
+    stacked = _stacks_on_the_hub(whole, family.experts)
     for found, values in ((built.dense, dense), (built.division, divided)):
         found |= {str(hub.name(name)): value for name, value in _as_on_the_hub(values, source.net, stacked).items()}
     if o.kv:
@@ -930,9 +936,22 @@ def _expect(built: Built, source: _Source, o: Options) -> None:
                 built.canonical[f"{attention}.{letter}_scale"] = raw("F32", values)
 
 
-def _as_on_the_hub(
-    values: Mapping[str, Floats], net: Network, stacked: Mapping[str, Mapping[int, list[Linear]]]
-) -> dict[str, Floats]:
+def _stacks_on_the_hub(stacks: Mapping[str, list[list[Linear]]], layout: str) -> dict[str, list[list[str]]]:
+    """Names of stacked tensors of the family's own checkpoints -> the projections of each expert in them."""
+    if layout == "X1":
+        return {}
+    rows = {fused: [[part for linear in row for part in _parts_of(linear)] for row in rows] for fused, rows in stacks.items()}
+    if layout == "X2":
+        return rows
+    found = {}
+    for members in rows.values():
+        for column in zip(*members, strict=True):
+            container, _, projection = expert_of(column[0]) or ("", 0, "")
+            found[_as_modules(container, projection, "weight", "")] = [[name] for name in column]
+    return found
+
+
+def _as_on_the_hub(values: Mapping[str, Floats], net: Network, stacked: Mapping[str, list[list[str]]]) -> dict[str, Floats]:
     """Dense values by plain name -> as the family's own checkpoints store them: experts stacked, or gate and up apart."""
     found = dict(values)
     for linear in net.linears:
@@ -940,12 +959,9 @@ def _as_on_the_hub(
         if linear.name.endswith(".gate_up_proj") and name in found:
             below, both = linear.name.rpartition(".")[0], found.pop(name)
             found[f"{below}.gate_proj.weight"], found[f"{below}.up_proj.weight"] = np.split(both, 2)
-    for fused, rows in stacked.items():
-        members = [[f"{linear.name}.weight" for linear in row] for row in rows.values()]
-        if members[0][0] in values:
-            found[fused] = np.stack([np.concatenate([values[name] for name in row]) for row in members])
-            for name in (part for row in rows.values() for linear in row for part in _parts_of(linear)):
-                found.pop(f"{name}.weight")
+    for name, rows in stacked.items():
+        if f"{rows[0][0]}.weight" in found:
+            found[name] = np.stack([np.concatenate([found.pop(f"{part}.weight") for part in row]) for row in rows])
     return found
 
 
@@ -1089,7 +1105,7 @@ def build(
     head = "tied" if o.tied else "absent" if place.head is None else "separate"
     built = Built(
         directory, family, dense={}, division={}, canonical={}, modules={}, kv_cache={}, unfused={},
-        carried=sorted({name.partition(".")[0] for name in source.plain} - {"model", "lm_head"}),
+        carried=sorted({*source.net.drafts, *(name.partition(".")[0] for name in source.plain)} - {"model", "lm_head"}),
         architecture=facts.facts(variant) | {"head": head}, disk={},
     )  # fmt: skip
     _expect(built, source, o)
@@ -1139,12 +1155,14 @@ def _excluded(net: Network, kinds: Mapping[str, str], dialect: str, meta: Prefix
     """The ignore list that a producer writes: shell patterns (modelopt) or every name in full."""
     dense = [linear.name for linear in net.linears if linear.name not in kinds]
     names = list(dict.fromkeys(called[name] for name in dense if name in called))
-    towers = [n.removesuffix(".weight") for n in net.others if n.startswith("visual.") and n.endswith(".weight")]
+    roots = dict.fromkeys(root for n in net.others if (root := n.partition(".")[0]) not in ("model", "mtp"))
+    inside = [n for n in net.others if n.partition(".")[0] in roots]
+    towers = [n.removesuffix(".weight") for n in inside if n.endswith(".weight")]
     if dialect != "modelopt":
         return [n for name in (*towers, *names) if (n := meta.name(name)) is not None]
     convolutions = [n.removesuffix(".weight") for n in net.others if n.endswith("conv1d.weight")]
     alone = ["model.embed_tokens", *convolutions, *(n for n in names if not n.startswith("mtp."))]
-    whole = (["visual"] if towers else []) + (["mtp"] if any(n.startswith("mtp.") for n in names) else [])
+    whole = [*roots] + (["mtp"] if any(n.startswith("mtp.") for n in names) else [])
     found = sorted(n for name in alone if (n := meta.name(name)) is not None)
     return found + [f"{n}*" for part in whole if (n := meta.name(part)) is not None]
 

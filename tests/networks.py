@@ -22,7 +22,9 @@ class Sizes:
     """Dimensions of a tiny network.
 
     `key_heads` to `value_dim` describe the linear attention of qwen3_5; `experts` (how many), `moe_inter` (rows of one
-    expert's gate) and `shared_inter` a mixture of experts.
+    `key_heads` to `value_dim` describe the linear attention of qwen3_5, and as groups, heads, state size and head size the
+    Mamba blocks of nemotron_h; `experts` (how many), `moe_inter` (rows of one expert's gate) and `shared_inter` a mixture of
+    experts; `latent` what experts of Nemotron 3 Super, and the queries of Step3, are squeezed into.
     """
 
     hidden: int
@@ -38,15 +40,16 @@ class Sizes:
     experts: int = 3
     moe_inter: int = 96
     shared_inter: int = 32
+    latent: int = 32
 
 
 SIZES: Mapping[str, Sizes] = {
     # Every K a multiple of 32, no two partitions of a group equal where the architecture lets them differ.
     "small": Sizes(64, 96, 80, 4, 2, 16, 2, 4, 16, 24),
     # Partial last blocks along N and K; q, k, v of linear attention, and gate and up of experts, end inside a block.
-    "block": Sizes(160, 224, 144, 6, 2, 32, 2, 4, 32, 40, moe_inter=192, shared_inter=96),
+    "block": Sizes(160, 224, 144, 6, 2, 32, 2, 4, 32, 40, moe_inter=192, shared_inter=96, latent=96),
     # q, k, v of linear attention, and gate of experts, end on block boundaries; only the end of v is partial.
-    "aligned": Sizes(160, 224, 144, 4, 2, 64, 2, 4, 64, 40, moe_inter=128, shared_inter=96),
+    "aligned": Sizes(160, 224, 144, 4, 2, 64, 2, 4, 64, 40, moe_inter=128, shared_inter=96, latent=96),
 }
 
 
@@ -54,10 +57,12 @@ SIZES: Mapping[str, Sizes] = {
 class Variant:
     """Which model of a family, and with which parts.
 
-    `whole_experts`: gate and up of an expert are one projection of the source, quantised as one.
+    `variety`: a word that the family knows, "" for its usual model.  `whole_experts`: gate and up of an expert are one
+    projection of the source, quantised as one.
     """
 
     sizes: Sizes
+    variety: str = ""
     tied: bool = False
     wrapper: bool = False
     mtp: bool = False
@@ -111,11 +116,12 @@ def expert_of(name: str) -> tuple[str, int, str] | None:
 class Network:
     """What a checkpoint contains before quantisation: projections, and the plain name -> shape of everything else.
 
-    `dropped`: names among them that a converter leaves out.
+    `drafts`: layers of the trunk's own list that only draft tokens.
     """
 
     linears: list[Linear] = field(default_factory=list)
     others: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    drafts: list[str] = field(default_factory=list)
 
     def linear(self, name: str, rows: int, columns: int, part: str = "", bias: bool = False) -> None:
         """Add a projection of one partition."""
@@ -409,6 +415,280 @@ def _qwen3_5_facts(moe: bool) -> Callable[[Variant], dict[str, Any]]:
     return facts
 
 
+# ------------------------------------------------------------------------------------------------------------- Llama
+
+
+def _llama(v: Variant) -> Network:
+    net, s = _trunk(v.sizes), v.sizes
+    for layer in ("model.layers.0", "model.layers.1"):
+        _attention(net, f"{layer}.self_attn", s, bias=v.bias, norms=False)
+        net.gated_mlp(f"{layer}.mlp", s.intermediate, s.hidden, v.bias)
+        net.vectors(layer, s.hidden, *DECODER_NORMS)
+    return _head(net, v)
+
+
+def _llama_text(v: Variant) -> dict[str, Any]:
+    return _decoder_config(v, 2) | {"mlp_bias": v.bias, "model_type": "llama", "rope_parameters": _DEFAULT_ROPE}
+
+
+def _llama_facts(v: Variant) -> dict[str, Any]:
+    facts = _decoder_facts(_llama_text(v), "intermediate_size", "mlp_bias")
+    return facts | {"layer_types": ["full_attention"] * 2, "sliding_window": None}
+
+
+# -------------------------------------------------------------------------------------------------------- Nemotron-H
+
+_NEMOTRON_PATTERN = {"": "ME*-", "latent": "ME*-", "dense": "M-*-"}
+_BLOCKS = {"M": "mamba", "E": "moe", "*": "attention", "-": "mlp"}
+_SQUEEZED = ("latent",)  # varieties whose experts work in a smaller space
+
+
+def _nemotron_block(net: Network, block: str, kind: str, v: Variant) -> None:
+    """One mixer with the norm before it."""
+    s, mixer = v.sizes, f"{block}.mixer"
+    net.vectors(block, s.hidden, "norm")
+    if kind == "M":
+        inner, groups = s.value_heads * s.value_dim, s.key_heads * s.key_dim
+        parts = (("z", inner), ("x", inner), ("B", groups), ("C", groups), ("dt", s.value_heads))
+        net.linears.append(Linear(f"{mixer}.in_proj", parts, s.hidden))
+        net.linear(f"{mixer}.out_proj", s.hidden, inner)
+        net.others |= {f"{mixer}.{name}": (s.value_heads,) for name in ("A_log", "D", "dt_bias")}
+        conv = inner + 2 * groups
+        net.others |= {f"{mixer}.conv1d.weight": (conv, 1, 4), f"{mixer}.conv1d.bias": (conv,)}
+        net.vectors(mixer, inner, "norm")
+    elif kind == "*":
+        _attention(net, mixer, s, bias=v.bias, norms=False)
+    elif kind == "-":
+        net.linear(f"{mixer}.up_proj", s.intermediate, s.hidden)
+        net.linear(f"{mixer}.down_proj", s.hidden, s.intermediate)
+    else:
+        hidden = s.latent if v.variety in _SQUEEZED else s.hidden
+        net.linear(f"{mixer}.gate", s.experts, s.hidden)
+        net.others[f"{mixer}.gate.e_score_correction_bias"] = (s.experts,)
+        if v.variety in _SQUEEZED:
+            net.linear(f"{mixer}.fc1_latent_proj", hidden, s.hidden)
+            net.linear(f"{mixer}.fc2_latent_proj", s.hidden, hidden)
+        net.experts(f"{mixer}.experts", v, hidden, gated=False)
+        net.linear(f"{mixer}.shared_experts.up_proj", s.shared_inter, s.hidden)
+        net.linear(f"{mixer}.shared_experts.down_proj", s.hidden, s.shared_inter)
+
+
+def _nemotron_h(v: Variant) -> Network:
+    s = v.sizes
+    net = Network(others={"model.embed_tokens.weight": (s.vocab, s.hidden), "model.norm_f.weight": (s.hidden,)})
+    for i, kind in enumerate(_NEMOTRON_PATTERN[v.variety]):
+        _nemotron_block(net, f"model.layers.{i}", kind, v)
+    if v.mtp:
+        net.vectors("mtp.layers.0", s.hidden, "enorm", "hnorm")
+        net.linear("mtp.layers.0.eh_proj", s.hidden, 2 * s.hidden)
+        _nemotron_block(net, "mtp.layers.0", "*", v)
+        _nemotron_block(net, "mtp.layers.1", "E", v)
+        net.vectors("mtp.layers.1", s.hidden, "final_layernorm")
+    if v.wrapper:
+        block = "vision_model.radio_model.model.blocks.0"
+        net.others |= {
+            "vision_model.radio_model.input_conditioner.norm_mean": (3, 1, 1),
+            "vision_model.radio_model.model.patch_generator.pos_embed": (1, 16, 32),
+            f"{block}.attn.qkv.weight": (96, 32), f"{block}.attn.qkv.bias": (96,), f"{block}.norm1.weight": (32,),
+            "mlp1.0.weight": (128,), "mlp1.1.weight": (48, 128), "mlp1.3.weight": (s.hidden, 48),
+            "sound_projection.linear1.weight": (48, 24), "sound_encoder.encoder.layers.0.norm.bias": (24,),
+        }  # fmt: skip
+    return _head(net, v)
+
+
+def _nemotron_text(v: Variant) -> dict[str, Any]:
+    s, pattern = v.sizes, _NEMOTRON_PATTERN[v.variety]
+    config = {
+        "attention_bias": v.bias, "attention_dropout": 0.0, "bos_token_id": 0, "chunk_size": 4, "conv_kernel": 4,
+        "dtype": v.dtype, "eos_token_id": 1, "expand": 2, "head_dim": s.head_dim, "hidden_size": s.hidden, "hybrid_override_pattern": pattern,
+        "intermediate_size": s.intermediate, "layer_norm_epsilon": 1e-05, "mamba_head_dim": s.value_dim,
+        "mamba_hidden_act": "silu", "mamba_num_heads": s.value_heads, "mamba_proj_bias": False,
+        "max_position_embeddings": 512, "mlp_bias": False, "mlp_hidden_act": "relu2", "model_type": "nemotron_h",
+        "n_groups": s.key_heads, "num_attention_heads": s.heads, "num_hidden_layers": len(pattern),
+        "num_key_value_heads": s.kv_heads, "pad_token_id": 0, "residual_in_fp32": False, "ssm_state_size": s.key_dim,
+        "tie_word_embeddings": v.tied, "time_step_limit": [0.0, float("inf")], "time_step_min": 0.001, "use_bias": False,
+        "use_conv_bias": True, "vocab_size": s.vocab,
+    }  # fmt: skip
+    if "E" in pattern:
+        config |= {
+            "moe_intermediate_size": s.moe_inter, "moe_shared_expert_intermediate_size": s.shared_inter, "n_group": 1,
+            "n_routed_experts": s.experts, "n_shared_experts": 1, "norm_topk_prob": True, "num_experts_per_tok": 2,
+            "routed_scaling_factor": 2.5, "topk_group": 1, "moe_latent_size": s.latent if v.variety in _SQUEEZED else None,
+        }  # fmt: skip
+    return config | ({"num_nextn_predict_layers": 1, "mtp_hybrid_override_pattern": "*E"} if v.mtp else {})
+
+
+def _nemotron_config(v: Variant, bare: bool) -> dict[str, Any]:
+    if not v.wrapper:
+        name = "NemotronHModel" if bare else "NemotronHForCausalLM"
+        return {"architectures": [name], **_nemotron_text(v), "transformers_version": "5.23.0"}
+    return {
+        "architectures": ["NemotronH_Nano_VL_V2"], "downsample_ratio": 0.5, "dtype": v.dtype, "force_image_size": 512,
+        "llm_config": _nemotron_text(v), "model_type": "NemotronH_Nano_VL_V2", "patch_size": 16,
+        "projector_hidden_size": 48, "vision_config": {"hidden_size": 32}, "vit_hidden_size": 32,
+    }  # fmt: skip
+
+
+def _nemotron_facts(v: Variant) -> dict[str, Any]:
+    text = _nemotron_text(v)
+    same = (
+        "vocab_size", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "attention_bias",
+        "intermediate_size", "mlp_bias", "mlp_hidden_act", "mamba_num_heads", "mamba_head_dim", "ssm_state_size", "n_groups",
+        "conv_kernel", "use_conv_bias", "max_position_embeddings", "bos_token_id", "pad_token_id", "num_hidden_layers",
+    )  # fmt: skip
+    without = {"n_routed_experts": 0, "num_experts_per_tok": 0, "moe_intermediate_size": 0, "n_shared_experts": 1,
+               "moe_latent_size": None, "routed_scaling_factor": 1.0, "norm_topk_prob": True, "n_group": 1,
+               "topk_group": 1}  # fmt: skip
+    moe = f"{'latent_' if v.variety in _SQUEEZED else ''}moe"
+    kinds = {**_BLOCKS, "E": moe}
+    return {
+        **{key: text[key] for key in same}, **{key: text.get(key, value) for key, value in without.items()},
+        "eos_token_id": [1], "layer_types": [kinds[k] for k in text["hybrid_override_pattern"]], "mamba_bias": False,
+        "mtp_layer_types": ["start_attention", f"{moe}_end"], "num_nextn_predict_layers": int(v.mtp), "rms_norm_eps": 1e-05,
+        "shared_intermediate_size": text.get("moe_shared_expert_intermediate_size", 0), "time_step_limit": [0.0, None],
+    }  # fmt: skip
+
+
+# -------------------------------------------------------------------------------------------------------------- Step
+
+_STEP_TOWERS = ("vision_model", "vit_large_projector")
+_STEP3_TOWERS = (*_STEP_TOWERS, "vit_downsampler")
+
+
+def _step_feed_forward(net: Network, layer: str, v: Variant, sparse: bool) -> None:
+    s = v.sizes
+    if sparse:
+        net.linear(f"{layer}.moe.gate", s.experts, s.hidden)
+        net.experts(f"{layer}.moe.experts", v, s.hidden)
+        net.gated_mlp(f"{layer}.share_expert", s.shared_inter, s.hidden)
+    else:
+        net.gated_mlp(f"{layer}.mlp", s.intermediate, s.hidden)
+    net.vectors(layer, s.hidden, *DECODER_NORMS)
+
+
+def _step_towers(net: Network, s: Sizes, roots: tuple[str, ...]) -> None:
+    net.others["vision_model.conv1.weight"] = (32, 3, 4, 4)
+    net.others["vision_model.transformer.resblocks.0.attn.in_proj_weight"] = (96, 32)
+    for root in roots[1:]:
+        net.others |= {f"{root}.weight": (s.hidden, 128)}
+
+
+def _step3p5(v: Variant) -> Network:
+    """Layer 0 full attention and dense, layer 1 sliding and sparse; after them, in the same list, a draft layer."""
+    net, s = _trunk(v.sizes), v.sizes
+    sliding = replace(s, heads=s.heads + 2)
+    for i in range(3 if v.mtp else 2):
+        layer, sizes = f"model.layers.{i}", sliding if i else s
+        _attention(net, f"{layer}.self_attn", sizes)
+        net.linear(f"{layer}.self_attn.g_proj", sizes.heads, s.hidden)
+        _step_feed_forward(net, layer, v, sparse=i == 1)
+        if i == 1:
+            net.others[f"{layer}.moe.router_bias"] = (s.experts,)
+    if v.mtp:
+        net.drafts.append(layer)
+        net.vectors(layer, s.hidden, "enorm", "hnorm", "shared_head.norm")
+        net.linear(f"{layer}.eh_proj", s.hidden, 2 * s.hidden)
+        net.linear(f"{layer}.shared_head.head", s.vocab, s.hidden)
+    if v.wrapper:
+        _step_towers(net, s, _STEP_TOWERS)
+    return _head(net, v)
+
+
+def _step3p5_text(v: Variant) -> dict[str, Any]:
+    s, layers = v.sizes, ["full_attention", "sliding_attention"] + ["sliding_attention"] * v.mtp
+    return {
+        "att_impl_type": "GQA", "bos_token_id": 0, "dtype": v.dtype, "eos_token_id": 1, "pad_token_id": 0,
+        "attention_other_setting": {"attention_type": "sliding_attention", "num_attention_heads": s.heads + 2,
+                                    "num_attention_groups": s.kv_heads, "head_dim": s.head_dim},
+        "head_dim": s.head_dim, "hidden_size": s.hidden, "intermediate_size": s.intermediate, "layer_types": layers,
+        "max_position_embeddings": 512, "model_type": "step3p5", "moe_intermediate_size": s.moe_inter,
+        "moe_layers_enum": "1", "moe_num_experts": s.experts, "moe_router_activation": "sigmoid",
+        "moe_router_scaling_factor": 3.0, "moe_top_k": 2, "need_fp32_gate": True, "norm_expert_weight": True,
+        "num_attention_groups": s.kv_heads, "num_attention_heads": s.heads, "num_hidden_layers": 2,
+        "num_nextn_predict_layers": int(v.mtp), "partial_rotary_factors": [0.5] + [1.0] * (len(layers) - 1),
+        "rms_norm_eps": 1e-05, "rope_theta": [5e6] + [1e4] * (len(layers) - 1), "share_expert_dim": s.shared_inter,
+        "rope_scaling": {"factor": 2.0, "high_freq_factor": 32.0, "low_freq_factor": 1.0,
+                         "original_max_position_embeddings": 256, "rope_type": "llama3"},
+        "sliding_window": 8, "swiglu_limits": [0.0, 7.0] + [0.0] * v.mtp, "swiglu_limits_shared": [0.0, 16.0] + [0.0] * v.mtp,
+        "tie_word_embeddings": v.tied, "use_head_wise_attn_gate": True, "use_moe_router_bias": True, "use_qk_norm": True,
+        "vocab_size": s.vocab, "yarn_only_types": ["full_attention"], "zero_centered": True,
+    }  # fmt: skip
+
+
+def _step_config(
+    text: Callable[[Variant], dict[str, Any]], name: str, wrapper: tuple[str, str], bare_name: str
+) -> _Config:
+    """`wrapper`: class and model type of the vision-language wrapper."""
+
+    def config(v: Variant, bare: bool) -> dict[str, Any]:
+        if not v.wrapper:
+            return {"architectures": [bare_name if bare else name], **text(v)}
+        return {
+            "architectures": [wrapper[0]], "dtype": v.dtype, "image_token_id": 76, "model_type": wrapper[1],
+            "text_config": text(v), "tie_word_embeddings": v.tied, "vision_config": {"layers": 1, "patch_size": 4, "width": 32},
+        }  # fmt: skip
+
+    return config
+
+
+def _step_facts(text: Mapping[str, Any]) -> dict[str, Any]:
+    """What both generations say."""
+    same = (
+        "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "head_dim",
+        "moe_intermediate_size", "share_expert_dim", "norm_expert_weight", "rms_norm_eps", "bos_token_id", "pad_token_id",
+    )  # fmt: skip
+    return {key: text[key] for key in same} | {
+        "eos_token_id": [1], "max_position_embeddings": 512, "mlp_layer_types": ["dense", "sparse"],
+        "num_experts": text["moe_num_experts"], "num_experts_per_tok": 2, "num_key_value_heads": text["num_attention_groups"],
+        "rope_scaling": text["rope_scaling"], "rope_theta": text["rope_theta"],
+    }  # fmt: skip
+
+
+def _step3p5_facts(v: Variant) -> dict[str, Any]:
+    text = _step3p5_text(v)
+    same = ("partial_rotary_factors", "yarn_only_types", "swiglu_limits", "swiglu_limits_shared", "sliding_window",
+            "use_moe_router_bias", "num_nextn_predict_layers")  # fmt: skip
+    return _step_facts(text) | {key: text[key] for key in same} | {
+        "layer_kinds": ["full_attention.dense", "sliding_attention.sparse"], "layer_scale": False,
+        "layer_types": ["full_attention", "sliding_attention"], "mtp_layer_kinds": ["sliding_attention.dense"] * v.mtp,
+        "num_sliding_attention_heads": v.sizes.heads + 2, "num_sliding_key_value_heads": v.sizes.kv_heads,
+        "rope_parameters": None, "router_scaling_factor": 3.0,
+    }  # fmt: skip
+
+
+def _step3(v: Variant) -> Network:
+    """Layer 0 dense, layer 1 sparse; queries through a bottleneck, one shared key and value head."""
+    net, s = _trunk(v.sizes), v.sizes
+    for i in range(2):
+        layer = f"model.layers.{i}"
+        net.linear(f"{layer}.self_attn.q_proj", s.latent, s.hidden, "q")
+        net.linear(f"{layer}.self_attn.k_proj", s.head_dim, s.hidden, "k")
+        net.linear(f"{layer}.self_attn.v_proj", s.head_dim, s.hidden, "v")
+        net.vectors(f"{layer}.self_attn", s.latent, "inter_norm")
+        net.linear(f"{layer}.self_attn.wq", s.heads * s.head_dim, s.latent)
+        net.linear(f"{layer}.self_attn.o_proj", s.hidden, s.heads * s.head_dim)
+        _step_feed_forward(net, layer, v, sparse=i == 1)
+    if v.wrapper:
+        _step_towers(net, s, _STEP3_TOWERS)
+    return _head(net, v)
+
+
+def _step3_text(v: Variant) -> dict[str, Any]:
+    s = v.sizes
+    return {
+        "bos_token_id": 0, "dtype": v.dtype, "eos_token_id": 1, "head_dim": s.head_dim, "hidden_size": s.hidden,
+        "intermediate_size": s.intermediate, "max_position_embedding": 512, "model_type": "step3_text",
+        "moe_intermediate_size": s.moe_inter, "moe_layers_enum": "1", "moe_num_experts": s.experts, "moe_top_k": 2,
+        "norm_expert_weight": False, "num_attention_groups": 1, "num_attention_heads": s.heads, "num_hidden_layers": 2,
+        "pad_token_id": 0, "rms_norm_eps": 1e-05, "rope_scaling": None, "rope_theta": 5e5, "share_expert_dim": s.shared_inter,
+        "share_q_dim": s.latent, "tie_word_embeddings": v.tied, "vocab_size": s.vocab,
+    }  # fmt: skip
+
+
+def _step3_facts(v: Variant) -> dict[str, Any]:
+    return _step_facts(_step3_text(v)) | {"share_q_dim": v.sizes.latent}
+
+
 # ---------------------------------------------------------------------------------------------------------- prefixes
 
 
@@ -456,7 +736,35 @@ PREFIXES: dict[str, Prefix] = {
     "Q8": Prefix("language_model.model.", "lm_head.", None, "language_model.mtp."),
     "Q8-model-mtp": Prefix("language_model.model.", "language_model.lm_head.", None, "model.mtp."),
 }
-PREFIXES |= {f"Q7-{inner}": PREFIXES[inner].under("base_model.model.") for inner in ("Q1", "Q2", "Q3", "Q4")}
+_NANO_TOWERS = {root: f"{root}." for root in ("vision_model", "mlp1", "sound_encoder", "sound_projection", "vision_projector")}
+_EMBEDDINGS = (("embed_tokens", "embeddings"),)
+PREFIXES |= {
+    "N1": Prefix("backbone.", "lm_head.", None, "mtp.", inner=_EMBEDDINGS),
+    "N2": Prefix("model.", "lm_head.", None, None, inner=_EMBEDDINGS),
+    "N3": Prefix("model.", "lm_head.", None, None),
+    "N4": Prefix("language_model.backbone.", "language_model.lm_head.", None, "mtp.", _NANO_TOWERS, _EMBEDDINGS),
+    "N4-inner-mtp": Prefix(
+        "language_model.backbone.", "language_model.lm_head.", None, "language_model.mtp.", _NANO_TOWERS, _EMBEDDINGS
+    ),
+    "N5": Prefix("language_model.model.", "language_model.lm_head.", None, None),
+    "N6": Prefix("", None, None, None, inner=_EMBEDDINGS),
+}
+_SHARED_HEAD = (("shared_head.head", "transformer.shared_head.output"), ("shared_head.norm", "transformer.shared_head.norm"))
+_VIT = {root: f"{root}." for root in _STEP_TOWERS}
+PREFIXES |= {
+    "S1": Prefix("model.", "lm_head.", None, None, _VIT, _SHARED_HEAD),
+    "S1-plain-head": Prefix("model.", "lm_head.", None, None, _VIT, (("shared_head.head", "shared_head.output"),)),
+    "S2": Prefix(
+        "model.language_model.", "lm_head.", None, None, {root: f"model.{place}" for root, place in _VIT.items()}, _SHARED_HEAD
+    ),
+    "S3": Prefix("language_model.model.", "language_model.lm_head.", None, None, _VIT),
+    "T1": Prefix("model.", "lm_head.", None, None, {root: f"{root}." for root in _STEP3_TOWERS}),
+    "T1-inner": Prefix("language_model.model.", "language_model.lm_head.", None, None, {r: f"{r}." for r in _STEP3_TOWERS}),
+}
+PREFIXES |= {
+    f"Q7-{inner}": PREFIXES[inner].under("base_model.model.")
+    for inner in ("Q1", "Q2", "Q3", "Q4", "N1", "N4", "S1", "S2", "T1")
+}
 
 
 # ---------------------------------------------------------------------------------------------------------- families
@@ -472,17 +780,18 @@ class Family:
     config     `config.json`; the flag is whether the checkpoint is a bare trunk
     facts      `architecture` of the canonical config, without `head`
     hub        keys of `PREFIXES` under which the hub stores it: a wrapper, a text model
-    stacked    the hub stores experts stacked and fused (X2), not one by one
+    experts    how the hub stores experts: "X1" one by one, "X2" stacked and fused, "X4" stacked by projection
     """
 
     network: Callable[[Variant], Network]
     config: _Config
     facts: Callable[[Variant], dict[str, Any]]
     hub: tuple[str, str] = ("Q1", "Q3")
-    stacked: bool = False
+    experts: str = "X1"
 
 
 FAMILIES: Mapping[str, Family] = {
+    "llama": Family(_llama, _qwen_config(_llama_text, "Llama"), _llama_facts),
     "qwen3": Family(_qwen3, _qwen_config(_qwen3_text, "Qwen3"), _qwen3_facts),
     "qwen3_moe": Family(
         _qwen3_moe((True, False), tower=False), _qwen_config(_qwen3_moe_text, "Qwen3Moe"),
@@ -491,10 +800,21 @@ FAMILIES: Mapping[str, Family] = {
     "qwen3_vl_moe": Family(
         _qwen3_moe((False, True), tower=True),
         _qwen_config(_qwen3_vl_moe_text, "Qwen3VLMoe", "qwen3_vl_moe", deepstack=True),
-        _moe_facts(_qwen3_vl_moe_text, ("dense", "sparse")), stacked=True,
+        _moe_facts(_qwen3_vl_moe_text, ("dense", "sparse")), experts="X2",
     ),
     "qwen3_5": Family(_qwen3_5(False), _qwen_config(_qwen3_5_text(False), "Qwen3_5", "qwen3_5"), _qwen3_5_facts(False)),
     "qwen3_5_moe": Family(
-        _qwen3_5(True), _qwen_config(_qwen3_5_text(True), "Qwen3_5Moe", "qwen3_5_moe"), _qwen3_5_facts(True), stacked=True,
+        _qwen3_5(True), _qwen_config(_qwen3_5_text(True), "Qwen3_5Moe", "qwen3_5_moe"), _qwen3_5_facts(True), experts="X2",
+    ),
+    "nemotron_h": Family(_nemotron_h, _nemotron_config, _nemotron_facts, ("N4", "N1")),
+    "step3p5": Family(
+        _step3p5,
+        _step_config(_step3p5_text, "Step3p5ForCausalLM", ("Step3p7ForConditionalGeneration", "step3p7"), "Step3p7TextModel"),
+        _step3p5_facts, ("S1", "S1"), "X4",
+    ),
+    "step3_text": Family(
+        _step3,
+        _step_config(_step3_text, "Step3TextForCausalLM", ("Step3VLForConditionalGeneration", "step3_vl"), "Step3TextModel"),
+        _step3_facts, ("T1", "T1"), "X4",
     ),
 }  # fmt: skip

@@ -71,6 +71,15 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3_vl_moe": {"family": "qwen3_vl_moe", "wrapper": True},
     "qwen3_5_moe": {"family": "qwen3_5_moe", "mtp": True, "layout": "X2", "expert_scales": "expert"},
     "qwen3_5_moe_vlm": {"family": "qwen3_5_moe", "wrapper": True, "mtp": True},
+    "llama": {"family": "llama", "bias": True},
+    "nemotron_h": {"family": "nemotron_h", "mtp": True, "layout": "X2"},
+    "nemotron_h_dense": {"family": "nemotron_h", "variety": "dense", "bias": True},
+    "nemotron_h_latent": {"family": "nemotron_h", "variety": "latent", "mtp": True},
+    "nemotron_nano_vl": {"family": "nemotron_h", "wrapper": True},
+    "step3p5": {"family": "step3p5", "mtp": True, "layout": "X4"},
+    "step3p7": {"family": "step3p5", "mtp": True, "wrapper": True},
+    "step3": {"family": "step3_text", "layout": "X4", "expert_scales": "one"},
+    "step3_vl": {"family": "step3_text", "wrapper": True},
 }
 ALL_SCHEMES = ("qwen3", "qwen3_tied_bias", "qwen3_5", "qwen3_5_mtp", "qwen3_5_vlm")
 # The number format of a module does not depend on the family: these have a few rows of each dialect (and test_experts.py).
@@ -208,6 +217,31 @@ def dequantised(entry: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Floa
 
 
 STACKED_ON_THE_HUB = ("qwen3_5_moe", "qwen3_vl_moe")  # families whose own checkpoints store experts stacked and fused
+STACKED_BY_PROJECTION = ("step3p5", "step3_text")  # likewise stacked, gate and up apart, without the segment `experts`
+NEMOTRON_TOWERS = ("vision_model", "mlp1", "sound_encoder", "sound_projection", "vision_projector")
+HUB_NAMES: dict[str, tuple[dict[str, str], dict[str, str]]] = {  # canonical prefix -> hub's, of a wrapper and of a text model
+    "nemotron_h": (
+        {"model.embed_tokens": "language_model.backbone.embeddings", "model": "language_model.backbone",
+         "lm_head": "language_model.lm_head"},
+        {"model.embed_tokens": "backbone.embeddings", "model": "backbone"},
+    ),
+    "step3p5": ({}, {}),
+    "step3_text": ({}, {}),
+}  # fmt: skip
+WRAPPED_QWEN = ({"model": "model.language_model", "visual": "model.visual"}, {})
+
+
+def hub_name(name: str, config: dict[str, Any]) -> str:
+    """A canonical name as the family's own checkpoints have it."""
+    wrapper = not config["hf_config"].keys().isdisjoint(("text_config", "llm_config"))
+    places = HUB_NAMES.get(config["family"], WRAPPED_QWEN)[0 if wrapper else 1]
+    for prefix in sorted(places, key=len, reverse=True):
+        if f"{name}.".startswith(f"{prefix}."):
+            return places[prefix] + name.removeprefix(prefix)
+    drafts = {".shared_head.head.": ".transformer.shared_head.output.", ".shared_head.norm.": ".transformer.shared_head.norm."}
+    for run, spelling in drafts.items():
+        name = name.replace(run, spelling)
+    return name
 
 
 def stacks(config: dict[str, Any], stored: dict[str, torch.Tensor]) -> dict[str, list[Floats]]:
@@ -245,24 +279,24 @@ def read_dense(out: Path) -> dict[str, Floats]:
     stored: dict[str, torch.Tensor] = {}
     for file in sorted(set(index["weight_map"].values())):
         stored |= load_file(out / file)
-    wrapper = "text_config" in config["hf_config"]
-    roots = {"model": "model.language_model", "visual": "model.visual"} if wrapper else {}
     modules = config["quantization"]["modules"]
     dense: dict[str, Floats] = {}
 
     def put(name: str, values: Floats) -> None:
-        root, _, rest = name.partition(".")
-        dense[f"{roots.get(root, root)}.{rest}"] = values
+        dense[hub_name(name, config)] = values
 
     experts = stacks(config, stored)
     for module, values in experts.items():
         parent, _, last = module.rpartition(".")
-        apart = any(name.rpartition(".")[0] == parent for name in config["unfused"] if last in SOURCES.get("gate_up_proj", ()))
-        if config["family"] in STACKED_ON_THE_HUB and not (apart and last in SOURCES["gate_up_proj"]):
+        if config["family"] in STACKED_ON_THE_HUB and last not in SOURCES["gate_up_proj"]:
             put(module, np.stack(values))
             continue
+        names = SOURCES.get(last, (last,))
+        if config["family"] in STACKED_BY_PROJECTION:
+            for projection, part in zip(names, np.split(np.stack(values), len(names), 1), strict=True):
+                put(f"{parent.removesuffix('.experts')}.{projection}.weight", part)
+            continue
         for e, value in enumerate(values):
-            names = SOURCES.get(last, (last,))
             for projection, part in zip(names, np.split(value, len(names)), strict=True):
                 put(f"{parent}.{e}.{projection}.weight", part)
     for name, tensor in stored.items():
@@ -303,9 +337,10 @@ def test_every_scheme_and_dialect_has_a_row(converted: Callable[[Row], tuple[Bui
     assert schemes == set(SCHEMES)
     assert activations == {*ACTIVATIONS, None}
     assert {(d.name, e.scheme) for d in DIALECTS for e in d.encodings} == seen
-    assert {row.dialect for row in MATRIX} == {*(d.name for d in DIALECTS), "dense"}
+    dialects = {*(d.name for d in DIALECTS), "dense"}
+    assert {row.dialect for row in MATRIX} == dialects
     pairs = {(FAMILIES[row.family]["family"], row.dialect) for row in MATRIX}
-    assert pairs == {(family.name, dialect) for family in CONVERT_FAMILIES for dialect in (*(d.name for d in DIALECTS), "dense")}
+    assert pairs == {(family.name, dialect) for family in CONVERT_FAMILIES for dialect in dialects}
 
 
 @over_rows
@@ -731,9 +766,22 @@ def test_export_loads_in_transformers(row: Row, converted: Callable[[Row], tuple
     assert not loading["mismatched_keys"]
     assert not [key for key in loading["unexpected_keys"] if not key.startswith("mtp.")]
     held = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
+    wanted = {name: v for name, v in stacked_experts(built.dense).items() if not name.startswith("mtp.")}
     if built.architecture["head"] == "tied":
         assert np.array_equal(held.pop("lm_head.weight"), held["model.embed_tokens.weight"])
-    assert_same(held, {name: v for name, v in built.dense.items() if not name.startswith("mtp.")})
+    assert_same(held, wanted)
+
+
+def stacked_experts(dense: dict[str, Floats]) -> dict[str, Floats]:
+    """Dense weights with the experts that are stored one by one stacked and fused, as transformers 5 holds them."""
+    found = dict(dense)
+    for name in [n for n in dense if ".experts.0.down_proj.weight" in n]:
+        container = name.partition(".0.down_proj")[0]
+        count = sum(n.startswith(f"{container}.") and n.endswith(".down_proj.weight") for n in dense)
+        parts = [[found.pop(f"{container}.{e}.{part}_proj.weight") for part in ("gate", "up", "down")] for e in range(count)]
+        found[f"{container}.gate_up_proj"] = np.stack([np.concatenate([gate, up]) for gate, up, _ in parts])
+        found[f"{container}.down_proj"] = np.stack([down for _, _, down in parts])
+    return found
 
 
 def test_export_refuses_what_it_cannot_do(converted: Callable[[Row], tuple[Built, Path]], tmp_path: Path) -> None:

@@ -20,6 +20,8 @@ EXPERTS = "model.layers.0.mlp.experts"
 MOE: dict[str, Any] = {"family": "qwen3_moe"}
 MTP: dict[str, Any] = {"family": "qwen3_5_moe", "mtp": True}
 VLM: dict[str, Any] = MTP | {"wrapper": True}
+NEMOTRON: dict[str, Any] = {"family": "nemotron_h"}  # not gated: one partition
+STEP: dict[str, Any] = {"family": "step3p5"}
 STACKED = [name for name, layout in LAYOUTS.items() if layout.stacked]
 Plain = Callable[..., tuple[dict[str, Raw], dict[str, Any]]]
 
@@ -95,6 +97,16 @@ SAME = [  # (model, dialect, scheme, further options)
     (VLM, "dense", "bf16", {}),
     (MOE, "dense", "f32", {"sizes": TWO_I_IS_H}),
     (VLM | {"family": "qwen3_vl_moe", "mtp": False}, "dense", "f16", {}),
+    (NEMOTRON, "modelopt", "nvfp4", {"mtp": True, "variety": "latent"}),
+    (NEMOTRON, "modelopt", "fp8", {"wrapper": True, "expert_scales": "one"}),
+    (NEMOTRON, "compressed-tensors", "nvfp4", {"expert_scales": "expert"}),
+    (NEMOTRON, "fp8", "block", {}),
+    (NEMOTRON, "dense", "bf16", {}),
+    (STEP, "modelopt", "nvfp4", {"mtp": True, "wrapper": True}),
+    (STEP, "modelopt", "fp8", {"expert_scales": "one"}),
+    (STEP, "fp8", "block", {"sizes": "aligned", "mtp": True}),
+    (STEP, "dense", "bf16", {}),
+    (STEP | {"family": "step3_text"}, "modelopt", "mixed", {"expert_scales": "expert"}),
 ]
 SAME_IDS = [
     "-".join((model["family"], dialect, scheme, *(f"{k}={v}" if not isinstance(v, Sizes) else f"I={v.moe_inter}"
@@ -149,7 +161,7 @@ def test_base_layers(layout: str, base_layer: str, name: str, outer: str, one_by
 
 EXPORTS = [
     (model, layout, dialect, scheme)
-    for model in (MOE, VLM)
+    for model in (MOE, VLM, NEMOTRON, STEP)
     for layout, dialect, scheme in (
         ("X1", "modelopt", "nvfp4"), ("X2", "modelopt", "nvfp4"), ("X3", "compressed-tensors", "nvfp4"),
         ("X4", "compressed-tensors", "fp8_dynamic"), ("X1", "fp8", "block"), ("X2", "fp8", "block"),

@@ -22,6 +22,10 @@ TEXT: dict[str, Any] = {"family": "qwen3_5", "mtp": True}
 PLAIN_TEXT: dict[str, Any] = {"family": "qwen3_5"}
 VLM: dict[str, Any] = {"family": "qwen3_5", "mtp": True, "wrapper": True}
 QWEN3: dict[str, Any] = {"family": "qwen3"}
+MOE: dict[str, Any] = {"family": "qwen3_5_moe", "mtp": True, "layout": "X2"}
+MOE_VLM: dict[str, Any] = MOE | {"wrapper": True, "layout": "X1"}
+NEMOTRON: dict[str, Any] = {"family": "nemotron_h", "mtp": True}
+STEP: dict[str, Any] = {"family": "step3p5", "mtp": True, "layout": "X4"}
 
 # model, the spelling to compare with, other spellings; families.md, section 3, has the numbers
 FORMS = [
@@ -29,6 +33,16 @@ FORMS = [
                           "Q7-Q4", "Q8", "Q8-model-mtp"]),
     ("vlm", VLM, "Q1", ["Q1-inner-head", "Q2", "Q2-model-visual", "Q5", "Q7-Q1", "Q7-Q2", "Q8", "Q8-model-mtp"]),
     ("qwen3", QWEN3, "Q3", ["Q6", "Q7-Q3"]),
+    ("moe", MOE, "Q3", ["Q1", "Q2", "Q3-inner-head", "Q6", "Q7-Q2", "Q8"]),
+    ("moe-vlm", MOE_VLM, "Q1", ["Q2", "Q5", "Q7-Q1", "Q8-model-mtp"]),
+    ("vl-moe", {"family": "qwen3_vl_moe", "wrapper": True}, "Q1", ["Q2", "Q5", "Q7-Q1"]),
+    ("qwen3-moe", {"family": "qwen3_moe"}, "Q3", ["Q6", "Q7-Q3"]),
+    ("llama", {"family": "llama"}, "Q3", ["Q6", "Q7-Q3"]),
+    ("nemotron", NEMOTRON, "N1", ["N2", "N3", "N5", "N6", "Q7-N1"]),
+    ("nemotron-vl", NEMOTRON | {"wrapper": True}, "N4", ["N1", "N4-inner-mtp", "N5", "Q7-N4"]),
+    ("step", STEP, "S1", ["S1-plain-head", "S2", "S3", "Q7-S1"]),
+    ("step-vl", STEP | {"wrapper": True}, "S1", ["S2", "S3", "Q7-S2"]),
+    ("step3", {"family": "step3_text", "wrapper": True, "layout": "X4"}, "T1", ["T1-inner", "Q7-T1"]),
 ]  # fmt: skip
 PRODUCERS = {"modelopt": MODELOPT, "compressed-tensors": CT, "fp8": HF, "dense": {"dialect": "dense", "scheme": "bf16"}}
 # Every spelling with one producer whose config names modules one by one; a few with the others.
@@ -37,7 +51,7 @@ CASES = [
     for model_name, model, base, others in FORMS
     for producer in PRODUCERS
     for other in others
-    if producer == "modelopt" or other in ("Q2", "Q6", "Q7-Q1")
+    if producer == "modelopt" or other in ("Q2", "Q6", "Q7-Q1", "N5", "Q7-N4", "S2")
 ]
 
 
@@ -65,7 +79,7 @@ def converted(folder: Path, **options: Any) -> tuple[dict[str, Raw], dict[str, A
 def parts_of(prefix: str) -> set[str]:
     """First segments of the canonical names of the parts that a prefix variant stores."""
     place = PREFIXES[prefix]
-    parts = {"lm_head": place.head, "visual": place.visual, "mtp": place.mtp}
+    parts = {"lm_head": place.head, "visual": place.visual, "mtp": place.mtp, **place.towers}
     return {"model"} | {part for part, spelling in parts.items() if spelling is not None}
 
 
@@ -86,11 +100,12 @@ def test_every_prefix_variant(
     quantization = config["quantization"]
     assert found_config["quantization"]["modules"] == only(parts, quantization["modules"])
     assert found_config["unfused"] == only(parts, config["unfused"])
-    assert set(found_config["carried"]) == set(config["carried"]) & parts
-    same = set(config["architecture"]) - {"head", "mtp_num_hidden_layers"}
+    assert set(found_config["carried"]) == {prefix for prefix in config["carried"] if prefix.partition(".")[0] in parts}
+    same = set(config["architecture"]) - {"head", "mtp_num_hidden_layers", "num_nextn_predict_layers"}
     assert {k: found_config["architecture"][k] for k in same} == {k: config["architecture"][k] for k in same}
     if "mtp" in config["carried"]:
-        assert found_config["architecture"]["mtp_num_hidden_layers"] == ("mtp" in parts)
+        key = {"nemotron_h": "num_nextn_predict_layers"}.get(config["family"], "mtp_num_hidden_layers")
+        assert found_config["architecture"][key] == ("mtp" in parts)
     assert found_config["architecture"]["head"] == ("separate" if "lm_head" in parts else "absent")
 
 

@@ -103,6 +103,14 @@ def _claim(entry: Mapping[str, Any], where: str, what: str) -> Claim:
     return Claim(scheme, activations, str(algorithm), optional, size if isinstance(size, int) else None)
 
 
+def _listed_claim(entry: Mapping[str, Any], where: str, what: str) -> Claim:
+    """The claim of one entry of `quantized_layers`."""
+    claim = _claim(entry, where, what)
+    if claim.scheme == "nvfp4" and entry.get("with_input_scale") is not False:
+        return replace(claim, optional_input_scale=False)  # weight-only has a word of its own here: W4A16_NVFP4
+    return claim
+
+
 def _no_inputs(groups: Any) -> bool:
     """Whether no group quantises its input: NVFP4 is then W4A16 under the old name."""
     if not isinstance(groups, Mapping) or not groups:
@@ -140,12 +148,13 @@ def read(block: Mapping[str, Any], where: str, space: NameSpace) -> Rules:
         # two disagree in released checkpoints (groups synthesise their activations from the algorithm's name).
         rules.silent = layers is None
         canonical = CanonicalNames(space)
+        claims: dict[str, Claim] = {}  # entries repeat few claims thousands of times
         for name, entry in expect_mapping(layers or {}, where, "quantized_layers").items():
             key = config_name(name, space, rules)
-            entry = expect_mapping(entry, where, key)
-            claim = _claim(entry, where, key)
-            if claim.scheme == "nvfp4" and entry.get("with_input_scale") is not False:
-                claim = replace(claim, optional_input_scale=False)  # weight-only has a word of its own here: W4A16_NVFP4
+            look = repr(entry)
+            if look not in claims:
+                claims[look] = _listed_claim(expect_mapping(entry, where, key), where, key)
+            claim = claims[look]
             if not has_wildcard(key):
                 rules.exact[canonical(key) or key] = claim
                 continue

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Any
 
 from runtime.format import DENSE_DTYPES
 
 from ..errors import ConvertError, Problem
-from ..names import NameSpace
-from ..source import MAX_LAYERS
+from ..names import Aliases, NameSpace, replace_runs
+from ..source import MAX_EXPERTS, MAX_LAYERS
 
 REQUIRED = object()  # a `Field` without a default
 Size = str | None  # key into the family's dimensions; None: any size (towers, which are carried as they are)
@@ -52,7 +53,7 @@ class Linear:
     experts  size of the stack that it is one of, "" for a single linear.  A source may hold its experts one by one
              (`<parent>.<e>.<shard>`), stacked by projection (`<parent>.<shard>`), or stacked and fused
     stacks   spellings of the stacked and fused tensor, beside `name` itself, as last segments ("w13")
-    export   how `export` writes a stack: "stacked" and fused, or one by one ("each")
+    export   how `export` writes a stack: "stacked" and fused, by "projection" beside the stack, or one by one ("each")
     """
 
     name: str
@@ -171,6 +172,7 @@ class Family:
     kv_heads       architecture key of the number of KV heads
     bare           architectures that are saved without a head
     hub_roots      canonical prefix -> prefix on the hub, for a wrapper config and for a text-only config; the longest wins
+    hub_runs       inner runs of segments that the hub spells otherwise
     """
 
     name: str
@@ -185,6 +187,7 @@ class Family:
     kv_heads: str
     bare: frozenset[str]
     hub_roots: tuple[Mapping[str, str], Mapping[str, str]]
+    hub_runs: Aliases = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -253,23 +256,23 @@ def resolve_architecture(family: Family, config: Mapping[str, Any]) -> dict[str,
     text = text_config(family, config)
     architecture: dict[str, Any] = {}
     problems = []
-    for field in family.fields:
-        value = next((v for v in (look_up(text, path) for path in field.paths) if v is not None), field.default)
+    for fact in family.fields:
+        value = next((v for v in (look_up(text, path) for path in fact.paths) if v is not None), fact.default)
         if value is REQUIRED:
             problems.append(
-                Problem("config.json", " or ".join(field.paths), "a value", "none", "fetch the model's own config.json")
+                Problem("config.json", " or ".join(fact.paths), "a value", "none", "fetch the model's own config.json")
             )
-        elif value is not None and not isinstance(value, field.kind):
+        elif value is not None and not isinstance(value, fact.kind):
             problems.append(
-                Problem("config.json", field.paths[0], _kind_name(field.kind), f"{value!r:.60}", "correct the config")
+                Problem("config.json", fact.paths[0], _kind_name(fact.kind), f"{value!r:.60}", "correct the config")
             )
         elif isinstance(value, float) and not math.isfinite(value):
-            problems.append(Problem("config.json", field.paths[0], "a finite number", f"{value}", "correct the config"))
+            problems.append(Problem("config.json", fact.paths[0], "a finite number", f"{value}", "correct the config"))
         elif isinstance(value, int) and not isinstance(value, bool) and not -1 <= value < 1 << 40:
             problems.append(
-                Problem("config.json", field.paths[0], "a sensible size", f"{value}", "correct the config")
+                Problem("config.json", fact.paths[0], "a sensible size", f"{value}", "correct the config")
             )
-        architecture[field.name] = value
+        architecture[fact.name] = value
     layers = architecture.get("num_hidden_layers")
     if isinstance(layers, int) and layers > MAX_LAYERS:
         problems.append(
@@ -279,7 +282,11 @@ def resolve_architecture(family: Family, config: Mapping[str, Any]) -> dict[str,
         raise ConvertError(problems)
     try:
         family.finish(architecture, config)
-        family.dimensions(architecture)
+        count = family.dimensions(architecture).get("experts") or 0
+        if not 0 <= count <= MAX_EXPERTS:
+            raise ConvertError(
+                Problem("config.json", "number of experts", f"at most {MAX_EXPERTS}", f"{count}", "correct config.json")
+            )
     except (TypeError, ValueError, AttributeError, IndexError, OverflowError, ZeroDivisionError) as error:
         raise ConvertError(
             Problem("config.json", "", f"an architecture of {family.name}", f"malformed values ({error})", "correct the config")
@@ -304,8 +311,10 @@ def _place(item: Item, prefix: str, sizes: Mapping[str, int | None], part: Part)
     return Placed(name, parent, item, size(item.columns), shards, None, part, count)
 
 
-def hub_name(name: str, roots: Mapping[str, str]) -> str:
-    """The name that a canonical tensor or module has on the hub."""
+def hub_name(name: str, roots: Mapping[str, str], runs: Aliases = MappingProxyType({})) -> str:
+    """The name that a canonical tensor or module has on the hub.  `runs`: inner spellings of the hub (`Family.hub_runs`)."""
+    if runs:
+        name = ".".join(replace_runs(name.split("."), runs))
     root, dot, rest = name.partition(".")
     longer = f"{root}.{rest.partition('.')[0]}"
     if longer in roots:
@@ -315,9 +324,8 @@ def hub_name(name: str, roots: Mapping[str, str]) -> str:
 
 def count_layers(part: Part, names: Iterable[str], offset: int = 0) -> int:
     """Number of layers of a part by the names stored below its layer list, counted from `offset`."""
-    depth = f"{part.prefix}.{part.layer_list}.".count(".")
     start = f"{part.prefix}.{part.layer_list}."
-    found = {name.split(".", depth + 1)[depth] for name in names if name.startswith(start)}
+    found = {name[len(start) :].partition(".")[0] for name in names if name.startswith(start)}
     return max((int(index) + 1 - offset for index in found if index.isdecimal() and len(index) < 6), default=0)
 
 

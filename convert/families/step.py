@@ -91,7 +91,7 @@ SHARED_EXPERT: tuple[Item, ...] = (
 )  # fmt: skip
 MOE: tuple[Item, ...] = (
     linear("moe.gate", "experts", "hidden"),
-    *experts("moe.experts", "experts", "moe_inter", "hidden"),
+    *experts("moe.experts", "experts", "moe_inter", "hidden", export="projection"),
     *SHARED_EXPERT,
 )
 ROUTER_BIAS = Parameter("moe.router_bias", ("experts",), flag="use_moe_router_bias")
@@ -245,6 +245,9 @@ STEP3P5 = Family(
     kv_heads="num_key_value_heads",
     bare=frozenset({"Step3p7TextModel", "Step3p7Model"}),
     hub_roots=(HUB, HUB),
+    hub_runs=aliases(
+        ("shared_head.head", "transformer.shared_head.output"), ("shared_head.norm", "transformer.shared_head.norm")
+    ),
 )
 
 STEP3 = Family(
