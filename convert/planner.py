@@ -256,8 +256,10 @@ class _Planner:
                 present[part.root] = declared or 0
             elif declared and part.carried:
                 self.note(f"config.json declares {declared} layers of {part.root}.*, the files have none of it")
-        if "mtp_num_hidden_layers" in architecture:
-            architecture["mtp_num_hidden_layers"] = present.get("mtp", 0)
+        for part in self.family.parts:
+            key = part.layer_count[0].rpartition(".")[2] if part.layer_count else ""
+            if key in architecture and (part.root not in present or not part.layer_types):
+                architecture[key] = present.get(part.root, 0)  # what is stored, not what config.json declares
         self.settle_head(architecture, present)
         return present
 

@@ -173,12 +173,14 @@ class ModuleNames:
     canonical  canonical names           written   the same as they stand in the config
     heads      what stands before such a star: sorted, and none of them begins with another
     patterns   matchers of everything else
+    containers what has been looked up: path -> whether it or a container of it is listed
     """
 
     canonical: set[str] = field(default_factory=set)
     written: set[str] = field(default_factory=set)
     heads: list[str] = field(default_factory=list)
     patterns: list[Matcher] = field(default_factory=list)
+    containers: dict[str, bool] = field(default_factory=dict)
 
     def add_name(self, name: str, space: NameSpace) -> None:
         """Cover the module of that name in any prefix spelling, and its fused form."""
@@ -213,6 +215,15 @@ class ModuleNames:
         at = bisect_right(self.heads, name)
         return at > 0 and name.startswith(self.heads[at - 1])
 
+    def _below(self, name: str) -> bool:
+        """Whether a container of that name is listed; remembered, because thousands of modules share theirs."""
+        parent = name.rpartition(".")[0]
+        if not parent:
+            return False
+        if parent not in self.containers:
+            self.containers[parent] = parent in self.canonical or self._below(parent)
+        return self.containers[parent]
+
     def add_regex(self, pattern: str, where: str) -> None:
         """Cover what a `re:` target of compressed-tensors matches: anchored at the start, over any spelling.
 
@@ -235,7 +246,7 @@ class ModuleNames:
         """Whether any name or pattern means this module."""
         canonical, spellings, fused, _, others = module
         names = self.canonical
-        if names and (canonical in names or fused in names or not names.isdisjoint(others)):
+        if names and (canonical in names or fused in names or not names.isdisjoint(others) or self._below(canonical)):
             return True
         if not self.written.isdisjoint(spellings):
             return True

@@ -236,6 +236,7 @@ STEP3P5 = Family(
             layers={kind: (*items, *DRAFT) for kind, items in STEP3P5_LAYERS.items()},
             layer_types="mtp_layer_kinds",
             layer_offset="num_hidden_layers",
+            layer_count=("num_nextn_predict_layers",),
             optional=True,
             carried=True,
         ),
