@@ -478,7 +478,7 @@ REFUSED: dict[str, tuple[dict[str, Any], Change | None, Callable[[Any], object] 
     ),
     "two-orientations": (PLAIN | {"layout": "X2"}, zeros("down_proj", "BF16", 3, 96, 64), None, (f"{EXPERTS}.down_proj:",)),
     "neither-orientation": (PLAIN | {"layout": "X3"}, zeros("down_proj", "BF16", 3, 48, 128), None, (f"{EXPERTS}.down_proj:",)),
-    "far-too-many-experts": (NVFP4, None, set_in_config(num_experts=1 << 30), ("config.json", "number of experts")),
+    "far-too-many-experts": (NVFP4, None, set_in_config(num_experts=1 << 30), ("config.json", "num_experts")),
     "a-flat-stack": (PLAIN | {"layout": "X2"}, zeros("down_proj", "BF16", 192, 96), None, (f"{EXPERTS}.down_proj:",)),
     "square": (PLAIN | {"layout": "X4", "sizes": SQUARE}, None, None, (f"{EXPERTS}.", "orientation", "one by one")),
     "square-fp8": (NVFP4 | {"scheme": "fp8", "layout": "X4", "sizes": SQUARE}, None, None, ("orientation",)),

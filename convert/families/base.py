@@ -204,6 +204,8 @@ class Placed:
     experts: int | None = None
 
 
+# Largest values of facts that the number of modules depends on.
+LIMITS = {"num_hidden_layers": MAX_LAYERS, "num_experts": MAX_EXPERTS, "n_routed_experts": MAX_EXPERTS}
 KIND_NAMES = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", list: "a list", dict: "an object"}
 
 
@@ -268,25 +270,15 @@ def resolve_architecture(family: Family, config: Mapping[str, Any]) -> dict[str,
             )
         elif isinstance(value, float) and not math.isfinite(value):
             problems.append(Problem("config.json", fact.paths[0], "a finite number", f"{value}", "correct the config"))
-        elif isinstance(value, int) and not isinstance(value, bool) and not -1 <= value < 1 << 40:
-            problems.append(
-                Problem("config.json", fact.paths[0], "a sensible size", f"{value}", "correct the config")
-            )
+        elif isinstance(value, int) and not isinstance(value, bool) and not -1 <= value <= LIMITS.get(fact.name, 1 << 40):
+            limit = LIMITS.get(fact.name, 1 << 40)
+            problems.append(Problem("config.json", fact.paths[0], f"at most {limit}", f"{value}", "correct the config"))
         architecture[fact.name] = value
-    layers = architecture.get("num_hidden_layers")
-    if isinstance(layers, int) and layers > MAX_LAYERS:
-        problems.append(
-            Problem("config.json", "num_hidden_layers", f"at most {MAX_LAYERS}", f"{layers}", "correct config.json")
-        )
     if problems:
         raise ConvertError(problems)
     try:
         family.finish(architecture, config)
-        count = family.dimensions(architecture).get("experts") or 0
-        if not 0 <= count <= MAX_EXPERTS:
-            raise ConvertError(
-                Problem("config.json", "number of experts", f"at most {MAX_EXPERTS}", f"{count}", "correct config.json")
-            )
+        family.dimensions(architecture)
     except (TypeError, ValueError, AttributeError, IndexError, OverflowError, ZeroDivisionError) as error:
         raise ConvertError(
             Problem("config.json", "", f"an architecture of {family.name}", f"malformed values ({error})", "correct the config")
