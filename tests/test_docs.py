@@ -7,13 +7,13 @@ import shlex
 from pathlib import Path
 
 import pytest
+from support_table import BEGIN, END, table
 
 from convert.cli import cli
 from convert.dialects import DIALECTS
 from convert.families import FAMILIES
 from convert.families.base import Family
 from runtime.format import ACTIVATIONS, SCHEMES
-from support_table import BEGIN, END, table
 
 # Facts that a config may hold and that the architecture replaces by others.
 ARCHITECTURE_INPUTS = {

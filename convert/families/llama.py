@@ -7,8 +7,8 @@ from dataclasses import replace
 from typing import Any
 
 from . import qwen3
-from .base import Field, Item, Parameter, Part, fused, linear
-from .qwen3 import EMBEDDING, HEAD, INPUT_NORM, NORM, POST_NORM
+from .base import Field, Item, Parameter, fused, linear
+from .qwen3 import HEAD, INPUT_NORM, POST_NORM, trunk
 
 FIELDS = (
     *(replace(f, default=None) if f.name == "head_dim" else f for f in qwen3.DECODER_FIELDS),
@@ -46,14 +46,7 @@ FAMILY = replace(
     fields=FIELDS,
     finish=_finish,
     parts=(
-        Part(
-            "model",
-            prefix="model",
-            first=(EMBEDDING,),
-            layers={"full_attention": LAYER, "sliding_attention": LAYER},
-            layer_types="layer_types",
-            last=(NORM,),
-        ),
+        trunk({"full_attention": LAYER, "sliding_attention": LAYER}, "layer_types"),
         HEAD,
     ),
     bare=frozenset({"LlamaModel"}),

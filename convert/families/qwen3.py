@@ -7,7 +7,7 @@ from typing import Any
 
 from ..errors import ConvertError, Problem
 from ..names import NameSpace, aliases
-from .base import Family, Field, Parameter, Part, embedding, fused, linear
+from .base import Family, Field, Item, Parameter, Part, embedding, fused, linear
 
 WRAPPERS = frozenset({"model", "language_model"})
 
@@ -64,6 +64,13 @@ POST_NORM = Parameter("post_attention_layernorm.weight", ("hidden",))
 EMBEDDING = embedding("embed_tokens", "vocab", "hidden")
 NORM = Parameter("norm.weight", ("hidden",))
 HEAD = Part("lm_head", first=(linear("lm_head", "vocab", "hidden"),), optional=True)
+
+
+
+def trunk(layers: Mapping[str, tuple[Item, ...]], layer_types: str, norm: Parameter = NORM) -> Part:
+    """Embedding, layers and final norm of a decoder.  `layer_types`: architecture key of the list of layer types."""
+    return Part("model", prefix="model", first=(EMBEDDING,), layers=layers, layer_types=layer_types, last=(norm,))
+
 
 LAYER = (INPUT_NORM, *ATTENTION, POST_NORM, *MLP)
 
@@ -137,14 +144,7 @@ FAMILY = Family(
     finish=_finish,
     dimensions=dimensions,
     parts=(
-        Part(
-            "model",
-            prefix="model",
-            first=(EMBEDDING,),
-            layers={"full_attention": LAYER, "sliding_attention": LAYER},
-            layer_types="layer_types",
-            last=(NORM,),
-        ),
+        trunk({"full_attention": LAYER, "sliding_attention": LAYER}, "layer_types"),
         HEAD,
     ),
     attention="self_attn.qkv_proj",

@@ -11,7 +11,6 @@ from ..names import NameSpace
 from .base import Family, Field, Item, Linear, Parameter, Part, experts, fused, linear, zero_centred
 from .qwen3 import (
     DECODER_FIELDS,
-    EMBEDDING,
     HEAD,
     INPUT_NORM,
     MLP,
@@ -21,6 +20,7 @@ from .qwen3 import (
     ROUTED_EXPERTS,
     WRAPPERS,
     normalise_decoder,
+    trunk,
 )
 
 FULL_ATTENTION_INTERVAL = 4  # without layer_types, every fourth layer is full attention
@@ -40,6 +40,7 @@ FIELDS = (
     Field("mtp_num_hidden_layers", ("mtp_num_hidden_layers",), default=0, kind=int),
 )  # fmt: skip
 
+FINAL_NORM = zero_centred(NORM)
 FULL_MIXER: tuple[Item, ...] = (
     zero_centred(INPUT_NORM),
     fused(  # q holds, per head, D rows of query and then D rows of output gate
@@ -145,18 +146,6 @@ def mtp(feed_forward: tuple[Item, ...]) -> Part:
     )
 
 
-def trunk(feed_forward: tuple[Item, ...]) -> Part:
-    """Embedding, layers and final norm."""
-    return Part(
-        "model",
-        prefix="model",
-        first=(EMBEDDING,),
-        layers=layers(feed_forward),
-        layer_types="layer_types",
-        last=(zero_centred(NORM),),
-    )
-
-
 PART_ROOTS = {**ROOTS, "visual": "visual", "mtp": "mtp"}
 
 
@@ -216,7 +205,7 @@ FAMILY = Family(
     fields=FIELDS,
     finish=_finish,
     dimensions=_dimensions,
-    parts=(trunk(MLP), HEAD, mtp(MLP), VISION),
+    parts=(trunk(layers(MLP), "layer_types", FINAL_NORM), HEAD, mtp(MLP), VISION),
     attention="self_attn.qkv_proj",
     kv_heads="num_key_value_heads",
     bare=frozenset({"Qwen3_5Model", "Qwen3_5TextModel"}),
@@ -238,6 +227,6 @@ MOE_FAMILY = replace(
         Field("shared_expert_intermediate_size", ("shared_expert_intermediate_size",), kind=int),
     ),
     dimensions=_moe_dimensions,
-    parts=(trunk(MOE), HEAD, mtp(MOE), VISION),
+    parts=(trunk(layers(MOE), "layer_types", FINAL_NORM), HEAD, mtp(MOE), VISION),
     bare=frozenset({"Qwen3_5MoeModel", "Qwen3_5MoeTextModel"}),
 )

@@ -8,8 +8,8 @@ from typing import Any
 
 from ..names import NameSpace
 from . import qwen3
-from .base import Family, Field, Item, Part, experts, linear, tower
-from .qwen3 import ATTENTION, EMBEDDING, HEAD, INPUT_NORM, MLP, NORM, POST_NORM, ROUTED_EXPERTS, WRAPPERS
+from .base import Family, Field, Item, experts, linear, tower
+from .qwen3 import ATTENTION, HEAD, INPUT_NORM, MLP, POST_NORM, ROUTED_EXPERTS, WRAPPERS, trunk
 
 FIELDS = (
     *(replace(f, default=None) if f.name == "intermediate_size" else f for f in qwen3.DECODER_FIELDS),
@@ -56,17 +56,6 @@ def _dimensions(a: Mapping[str, Any]) -> dict[str, int]:
     return {**sizes, "experts": a["num_experts"], "moe_inter": a["moe_intermediate_size"]}
 
 
-def _trunk(export: str) -> Part:
-    return Part(
-        "model",
-        prefix="model",
-        first=(EMBEDDING,),
-        layers=moe_layers(export),
-        layer_types="mlp_layer_types",
-        last=(NORM,),
-    )
-
-
 FAMILY = Family(
     name="qwen3_moe",
     model_types=("qwen3_moe",),
@@ -75,7 +64,7 @@ FAMILY = Family(
     fields=FIELDS,
     finish=_finish,
     dimensions=_dimensions,
-    parts=(_trunk("each"), HEAD),
+    parts=(trunk(moe_layers("each"), "mlp_layer_types"), HEAD),
     attention="self_attn.qkv_proj",
     kv_heads="num_key_value_heads",
     bare=frozenset({"Qwen3MoeModel"}),
@@ -90,7 +79,7 @@ VL_FAMILY = Family(
     fields=FIELDS,
     finish=_finish_vl,
     dimensions=_dimensions,
-    parts=(_trunk("stacked"), HEAD, tower("visual")),
+    parts=(trunk(moe_layers("stacked"), "mlp_layer_types"), HEAD, tower("visual")),
     attention="self_attn.qkv_proj",
     kv_heads="num_key_value_heads",
     bare=frozenset({"Qwen3VLMoeModel", "Qwen3VLMoeTextModel"}),

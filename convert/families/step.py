@@ -11,7 +11,7 @@ from typing import Any
 from ..errors import ConvertError, Problem
 from ..names import NameSpace, aliases
 from .base import Family, Field, Item, Parameter, Part, experts, fused, linear, text_config, tower, zero_centred
-from .qwen3 import EMBEDDING, HEAD, INPUT_NORM, MLP, NORM, POST_NORM, ROOTS, WRAPPERS
+from .qwen3 import HEAD, INPUT_NORM, MLP, NORM, POST_NORM, ROOTS, WRAPPERS, trunk
 
 TOWERS = ("vision_model", "vit_large_projector", "vit_downsampler", "vit_downsampler2", "multi_modal_projector")
 NAMES = NameSpace(
@@ -221,14 +221,7 @@ STEP3P5 = Family(
     finish=_finish_step3p5,
     dimensions=_step3p5_dimensions,
     parts=(
-        Part(
-            "model",
-            prefix="model",
-            first=(EMBEDDING,),
-            layers=STEP3P5_LAYERS,
-            layer_types="layer_kinds",
-            last=(NORM,),
-        ),
+        trunk(STEP3P5_LAYERS, "layer_kinds", zero_centred(NORM)),
         HEAD,
         Part(  # layers L, L + 1, ... of the trunk's own list
             "mtp",
@@ -260,14 +253,7 @@ STEP3 = Family(
     finish=_common,
     dimensions=_step3_dimensions,
     parts=(
-        Part(
-            "model",
-            prefix="model",
-            first=(EMBEDDING,),
-            layers={"dense": (*FACTORISED, *MLP), "sparse": (*FACTORISED, *MOE)},
-            layer_types="mlp_layer_types",
-            last=(NORM,),
-        ),
+        trunk({"dense": (*FACTORISED, *MLP), "sparse": (*FACTORISED, *MOE)}, "mlp_layer_types"),
         HEAD,
         *(tower(root) for root in TOWERS),
     ),
