@@ -501,7 +501,8 @@ def _nemotron_text(v: Variant) -> dict[str, Any]:
     config = {
         "attention_bias": v.bias, "attention_dropout": 0.0, "bos_token_id": 0, "chunk_size": 4, "conv_kernel": 4,
         "dtype": v.dtype, "eos_token_id": 1, "expand": 2, "head_dim": s.head_dim, "hidden_size": s.hidden,
-        "hybrid_override_pattern": pattern, "intermediate_size": s.intermediate, "layer_norm_epsilon": 1e-05, "mamba_head_dim": s.value_dim,
+        "hybrid_override_pattern": pattern, "intermediate_size": s.intermediate, "layer_norm_epsilon": 1e-05,
+        "mamba_head_dim": s.value_dim,
         "mamba_hidden_act": "silu", "mamba_num_heads": s.value_heads, "mamba_proj_bias": False,
         "max_position_embeddings": 512, "mlp_bias": False, "mlp_hidden_act": "relu2", "model_type": "nemotron_h",
         "n_groups": s.key_heads, "num_attention_heads": s.heads, "num_hidden_layers": len(pattern),

@@ -318,10 +318,17 @@ def check_refused(found: subprocess.CompletedProcess[str], code: int, message: s
     assert found.stderr.startswith("error: ")
 
 
+def heed_interrupts() -> None:
+    """Undo what a shell does to background jobs: they, and so the children of a test run, ignore SIGINT."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_an_interrupt_ends_with_130(tmp_path: Path) -> None:
     write(tmp_path, tiny_qwen3(max_position_embeddings=100000))
     command = [sys.executable, "-m", "runtime.generate", str(tmp_path), "--prompt-ids", "1", "--max-new-tokens", "90000"]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    with subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=heed_interrupts
+    ) as process:
         assert process.stdout is not None
         assert process.stderr is not None
         process.stdout.read(8)  # it is generating
