@@ -10,6 +10,7 @@ counts is the ratio within the run, because machines differ and are noisy.  File
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import platform
@@ -119,13 +120,14 @@ def generate(folder: Path, size: int, scheme: str) -> int:
         "num_hidden_layers": layers, "num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS, "head_dim": HEAD,
         "linear_num_key_heads": KEY_HEADS, "linear_num_value_heads": VALUE_HEADS, "linear_key_head_dim": LINEAR_HEAD,
         "linear_value_head_dim": LINEAR_HEAD, "rms_norm_eps": 1e-6, "rope_parameters": {"rope_theta": 1e7},
+        "max_position_embeddings": 262144,
     }  # fmt: skip
     config = {
         "model_type": "qwen3_5",
         "architectures": ["Qwen3_5ForConditionalGeneration"],
         "text_config": text,
         "tie_word_embeddings": False,
-        "quantization_config": {"quant_method": "modelopt", "ignore": ["lm_head"], **algo},
+        "quantization_config": {"quant_method": "modelopt", "ignore": ["lm_head", "*.in_proj_a", "*.in_proj_b"], **algo},
     }
     (folder / "config.json").write_text(json.dumps(config))
     return layers
@@ -135,11 +137,17 @@ def timed(command: list[str]) -> tuple[float, int]:
     """Wall seconds and peak resident bytes of a command in its own process, which must succeed."""
     start = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
+    peak = 0
+    # The kernel's ru_maxrss starts from the parent's size, so the process's own high-water mark is watched instead.
+    while process.poll() is None:
+        with contextlib.suppress(OSError, ValueError, IndexError):
+            status = Path(f"/proc/{process.pid}/status").read_text()
+            peak = max(peak, int(status.split("VmHWM:")[1].split()[0]) * 1024)
+        time.sleep(0.005)
     elapsed_s = time.perf_counter() - start
-    if status:
-        sys.exit(f"{' '.join(command)} failed with status {status}")
-    return elapsed_s, usage.ru_maxrss * 1024
+    if process.returncode:
+        sys.exit(f"{' '.join(command)} failed with status {process.returncode}")
+    return elapsed_s, peak
 
 
 LOAD = """
