@@ -932,8 +932,8 @@ def _expect(built: Built, source: _Source, o: Options) -> None:
             built.kv_cache[attention] = o.kv
             for letter in "kv":
                 on_disk = "{0}.{1}_proj.{1}_scale" if o.dialect == "modelopt" else "{0}.{1}_scale"
-                values = source.plain[on_disk.format(attention, letter)].floats().reshape(-1)
-                built.canonical[f"{attention}.{letter}_scale"] = raw("F32", values)
+                scale = source.plain[on_disk.format(attention, letter)].floats().reshape(-1)
+                built.canonical[f"{attention}.{letter}_scale"] = raw("F32", scale)
 
 
 def _stacks_on_the_hub(stacks: Mapping[str, list[list[Linear]]], layout: str) -> dict[str, list[list[str]]]:

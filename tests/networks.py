@@ -50,6 +50,8 @@ SIZES: Mapping[str, Sizes] = {
     "block": Sizes(160, 224, 144, 6, 2, 32, 2, 4, 32, 40, moe_inter=192, shared_inter=96, latent=96),
     # q, k, v of linear attention, and gate of experts, end on block boundaries; only the end of v is partial.
     "aligned": Sizes(160, 224, 144, 4, 2, 64, 2, 4, 64, 40, moe_inter=128, shared_inter=96, latent=96),
+    # z, x, B and C of Mamba end on block boundaries; dt, the last one, is partial.
+    "mamba": Sizes(160, 224, 144, 4, 2, 64, 2, 4, 64, 32, moe_inter=192, shared_inter=96, latent=96),
 }
 
 
@@ -502,8 +504,7 @@ def _nemotron_text(v: Variant) -> dict[str, Any]:
         "attention_bias": v.bias, "attention_dropout": 0.0, "bos_token_id": 0, "chunk_size": 4, "conv_kernel": 4,
         "dtype": v.dtype, "eos_token_id": 1, "expand": 2, "head_dim": s.head_dim, "hidden_size": s.hidden,
         "hybrid_override_pattern": pattern, "intermediate_size": s.intermediate, "layer_norm_epsilon": 1e-05,
-        "mamba_head_dim": s.value_dim,
-        "mamba_hidden_act": "silu", "mamba_num_heads": s.value_heads, "mamba_proj_bias": False,
+        "mamba_head_dim": s.value_dim, "mamba_hidden_act": "silu", "mamba_num_heads": s.value_heads, "mamba_proj_bias": False,
         "max_position_embeddings": 512, "mlp_bias": False, "mlp_hidden_act": "relu2", "model_type": "nemotron_h",
         "n_groups": s.key_heads, "num_attention_heads": s.heads, "num_hidden_layers": len(pattern),
         "num_key_value_heads": s.kv_heads, "pad_token_id": 0, "residual_in_fp32": False, "ssm_state_size": s.key_dim,
@@ -709,9 +710,13 @@ class Prefix:
 
     def under(self, outer: str) -> Prefix:
         """The same variant below an outer prefix."""
-        parts = {key: getattr(self, key) for key in ("trunk", "head", "visual", "mtp")}
-        places = {key: None if part is None else outer + part for key, part in parts.items()}
-        return replace(self, towers={root: outer + place for root, place in self.towers.items()}, **places)
+
+        def inside(part: str | None) -> str | None:
+            return None if part is None else outer + part
+
+        towers = {root: outer + place for root, place in self.towers.items()}
+        parts = (inside(self.head), inside(self.visual), inside(self.mtp))
+        return Prefix(outer + self.trunk, *parts, towers, self.inner)
 
     def name(self, plain: str) -> str | None:
         """Name on disk of a plain tensor or module name, or None."""

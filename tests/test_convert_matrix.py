@@ -73,7 +73,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3_5_moe_vlm": {"family": "qwen3_5_moe", "wrapper": True, "mtp": True},
     "llama": {"family": "llama", "bias": True},
     "nemotron_h": {"family": "nemotron_h", "mtp": True, "layout": "X2"},
-    "nemotron_h_dense": {"family": "nemotron_h", "variety": "dense", "bias": True},
+    "nemotron_h_dense": {"family": "nemotron_h", "variety": "dense"},
     "nemotron_h_latent": {"family": "nemotron_h", "variety": "latent", "mtp": True},
     "nemotron_nano_vl": {"family": "nemotron_h", "wrapper": True},
     "step3p5": {"family": "step3p5", "mtp": True, "layout": "X4"},
@@ -123,11 +123,17 @@ VARIANTS = [
     *_rows("qwen3_5_vlm", "fp8", "block_bf16", {"sizes": "block"}),
     *_rows("qwen3_5", "fp8", "block_e8m0", {"sizes": "aligned"}),
     *_rows("qwen3_5", "modelopt", "nvfp4", {"sizes": "block"}),
+    *_rows("nemotron_h", "fp8", "block", {"sizes": "mamba"}),
+    *_rows("nemotron_h_dense", "modelopt", "fp8_pb_wo", {"sizes": "mamba"}),
     # A shard that covers q, k and v stores one scale for each of them.
     *_rows("qwen3_5", "modelopt", "fp8", {"vector_scales": True}),
     # A pre_quant_scale inside a group that is normally fused.
     *_rows("qwen3", "modelopt", "nvfp4_awq", {"pre_quant_scale_on": ("q_proj", "k_proj", "v_proj")}),
     *_rows("qwen3_5", "modelopt", "nvfp4_awq", {"pre_quant_scale_on": ("in_proj_z", "up_proj")}),
+    # Other families: KV-cache scales, head and embedding tied.
+    *_rows("nemotron_h", "modelopt", "fp8", {"kv": "tensor"}, {"bias": True}),
+    *_rows("step3p5", "compressed-tensors", "nvfp4", {"kv": "head", "mtp": False}),
+    *_rows("llama", "modelopt", "nvfp4", {"tied": True}),
     # Several files.
     *_rows("qwen3_5_vlm", "modelopt", "mixed", {"shards": 3}, {"shards": 4, "scales_apart": True}),
     *_rows("qwen3", "compressed-tensors", "nvfp4", {"shards": 2}, {"shards": 3, "scales_apart": True}),
@@ -228,7 +234,7 @@ HUB_NAMES: dict[str, tuple[dict[str, str], dict[str, str]]] = {  # canonical pre
     "step3p5": ({}, {}),
     "step3_text": ({}, {}),
 }  # fmt: skip
-WRAPPED_QWEN = ({"model": "model.language_model", "visual": "model.visual"}, {})
+WRAPPED_QWEN: tuple[dict[str, str], dict[str, str]] = ({"model": "model.language_model", "visual": "model.visual"}, {})
 
 
 def hub_name(name: str, config: dict[str, Any]) -> str:
@@ -286,17 +292,17 @@ def read_dense(out: Path) -> dict[str, Floats]:
         dense[hub_name(name, config)] = values
 
     experts = stacks(config, stored)
-    for module, values in experts.items():
+    for module, each in experts.items():
         parent, _, last = module.rpartition(".")
         if config["family"] in STACKED_ON_THE_HUB and last not in SOURCES["gate_up_proj"]:
-            put(module, np.stack(values))
+            put(module, np.stack(each))
             continue
         names = SOURCES.get(last, (last,))
         if config["family"] in STACKED_BY_PROJECTION:
-            for projection, part in zip(names, np.split(np.stack(values), len(names), 1), strict=True):
+            for projection, part in zip(names, np.split(np.stack(each), len(names), 1), strict=True):
                 put(f"{parent.removesuffix('.experts')}.{projection}.weight", part)
             continue
-        for e, value in enumerate(values):
+        for e, value in enumerate(each):
             for projection, part in zip(names, np.split(value, len(names)), strict=True):
                 put(f"{parent}.{e}.{projection}.weight", part)
     for name, tensor in stored.items():
@@ -471,6 +477,17 @@ def test_tuple_shard(dialect: str, scheme: str, role: str, converted: Callable[[
     expected = np.array([qkv, qkv, qkv, z], np.float32)
     assert stored.dtype == "F32"
     assert_same({role: stored.floats()}, {role: np.float32(1) / expected if divides else expected})
+
+
+@pytest.mark.parametrize("scheme", ["fp8", "nvfp4"])
+def test_mamba_tuple_shard(scheme: str, converted: Callable[[Row], tuple[Built, Path]]) -> None:
+    """`in_proj` of a Mamba block has five partitions and stores one scale: it is given to each of them."""
+    built, out = converted(Row("nemotron_h", "modelopt", scheme))
+    role = {"fp8": "weight_scale", "nvfp4": "weight_scale_2"}[scheme]
+    stored = read_tensors(built.directory)[f"backbone.layers.0.mixer.in_proj.{role}"]
+    assert read_tensors(out)[f"model.layers.0.mixer.in_proj.{role}"] == Raw("F32", (5,), stored.data * 5)
+    entry = read_json(out / "config.json")["quantization"]["modules"]["model.layers.0.mixer.in_proj"]
+    assert [name for name, _ in entry["partitions"]] == ["z", "x", "B", "C", "dt"]
 
 
 def ulps(a: Floats, b: Floats) -> int:
@@ -654,6 +671,68 @@ def test_a_source_that_is_fused_already(scales: tuple[int, ...], tmp_path: Path)
     assert read_json(tmp_path / "out" / "config.json")["quantization"]["modules"] == built.modules
 
 
+Change = Callable[[dict[str, Raw]], object]
+
+
+def _in_mtp_block(stored: dict[str, Raw]) -> None:
+    inner = ("self_attn", "mlp", "input_layernorm", "post_attention_layernorm")
+    for name in [n for n in stored if n.startswith("model.layers.2.") and n.split(".")[3] in inner]:
+        stored[name.replace("layers.2.", "layers.2.mtp_block.")] = stored.pop(name)
+
+
+def _shared_head(stored: dict[str, Raw]) -> None:
+    for name in [n for n in stored if ".transformer.shared_head." in n]:
+        stored[name.replace(".transformer.", ".")] = stored.pop(name)
+
+
+def _old_rotary(stored: dict[str, Raw]) -> None:
+    stored["model.layers.0.self_attn.rotary_emb.inv_freq"] = raw("F32", np.ones(8))
+
+
+def _container_of_the_shared_expert(config: Any) -> None:
+    block = json.dumps(config["quantization_config"]).replace(".share_expert.", ".moe.share_expert.")
+    config["quantization_config"] = json.loads(block)
+
+
+def _nothing(content: Any) -> None:
+    pass
+
+
+INNER: dict[str, tuple[str, Change, Callable[[Any], object]]] = {  # id: (family, change of tensors, of config)
+    "mtp-block": ("step3p5", _in_mtp_block, _nothing),
+    "shared-head": ("step3p5", _shared_head, _nothing),
+    "container-of-the-shared-expert": ("step3p5", _nothing, _container_of_the_shared_expert),
+    "old-rotary": ("llama", _old_rotary, _nothing),
+}
+
+
+@pytest.mark.parametrize(("family", "change", "change_config"), INNER.values(), ids=INNER)
+def test_inner_spellings(
+    family: str, change: Change, change_config: Callable[[Any], object], tmp_path: Path
+) -> None:
+    """Names inside a layer that repacks and engines spell otherwise, and a tensor that is dropped: the same result."""
+    built = build(tmp_path / "in", family=family, dialect="modelopt", scheme="mixed", mtp=family == "step3p5")
+    edit_tensors(tmp_path / "in", change)
+    edit_json(tmp_path / "in" / "config.json", change_config)
+    convert.convert_checkpoint(tmp_path / "in", tmp_path / "out")
+    convert.verify_conversion(tmp_path / "in", tmp_path / "out")
+    assert read_tensors(tmp_path / "out") == built.canonical
+    assert read_json(tmp_path / "out" / "config.json")["quantization"]["modules"] == built.modules
+    assert read_json(tmp_path / "out" / "conversion.json")["contradictions"] == []
+
+
+def test_a_convolution_without_bias(tmp_path: Path) -> None:
+    """`use_conv_bias: false`: the bias is neither asked for nor invented; without the flag it is missing."""
+    name = "model.layers.0.mixer.conv1d.bias"
+    built = build(tmp_path / "in", family="nemotron_h", dialect="dense", scheme="bf16")
+    edit_tensors(tmp_path / "in", lambda stored: stored.pop(f"backbone.{name.removeprefix('model.')}"))
+    with pytest.raises(convert.ConvertError, match=r"conv1d\.bias"):
+        convert.convert_checkpoint(tmp_path / "in", tmp_path / "out")
+    edit_json(tmp_path / "in" / "config.json", lambda config: config.update(use_conv_bias=False))
+    convert.convert_checkpoint(tmp_path / "in", tmp_path / "out")
+    assert read_tensors(tmp_path / "out") == {n: tensor for n, tensor in built.canonical.items() if n != name}
+
+
 def test_a_quantised_tower(tmp_path: Path) -> None:
     """A quantised projection of the vision tower is carried with its scales, and exported dense."""
     build(tmp_path / "in", family="qwen3_5", dialect="modelopt", scheme="fp8", wrapper=True)
@@ -671,6 +750,7 @@ def test_a_quantised_tower(tmp_path: Path) -> None:
 
 
 OLD_ROPE = {"rope_parameters": None, "rope_theta": 10000.0}
+LLAMA3 = {"factor": 8.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0, "original_max_position_embeddings": 64}
 YARN = {"factor": 4.0, "original_max_position_embeddings": 128}
 ARCHITECTURES = [  # (family, what config.json says instead, None being an absent key; what `architecture` then says)
     ("qwen3", OLD_ROPE | {"rope_scaling": None}, {}),
@@ -687,6 +767,22 @@ ARCHITECTURES = [  # (family, what config.json says instead, None being an absen
     ("qwen3_5", {"layer_types": None, "full_attention_interval": 2}, {}),
     ("qwen3_5", {"output_gate_type": "swish"}, {}),
     ("qwen3_5", {"output_gate_type": "sigmoid"}, {"output_gate": "sigmoid"}),
+    ("qwen3_moe", {"num_experts": None, "num_local_experts": 3}, {}),
+    ("llama", OLD_ROPE | {"rope_scaling": {"type": "llama3", **LLAMA3}}, {"rope_scaling": {"rope_type": "llama3", **LLAMA3}}),
+    ("llama", {"head_dim": None}, {}),
+    ("nemotron_h", {"hybrid_override_pattern": None, "layers_block_type": ["mamba", "moe", "attention", "mlp"]}, {}),
+    ("nemotron_h", {"hybrid_override_pattern": None,
+                    "layers_block_type": ["linear_attention", "moe", "full_attention", "mlp"]}, {}),
+    ("nemotron_h", {"num_hidden_layers": 77}, {}),
+    ("nemotron_h", {"time_step_limit": [0.0, {"__float__": "Infinity"}]}, {}),
+    ("nemotron_h", {"time_step_limit": [0.001, 0.1]}, {"time_step_limit": [0.001, 0.1]}),
+    ("nemotron_h", {"layer_norm_epsilon": None, "norm_eps": 1e-5}, {}),
+    ("nemotron_h", {"n_groups": None, "mamba_n_groups": 2, "conv_kernel": None, "mamba_d_conv": 4}, {}),
+    ("step3p5", {"moe_layers_enum": None, "mlp_layer_types": ["dense", "sparse"]}, {}),
+    ("step3p5", {"moe_num_experts": None, "n_routed_experts": 3, "moe_top_k": None, "num_experts_per_tok": 2}, {}),
+    ("step3p5", {"num_attention_groups": None, "num_key_value_heads": 2, "attention_other_setting": None,
+                 "num_sliding_attention_heads": 6}, {}),
+    ("step3_text", {"max_position_embedding": None, "max_position_embeddings": 512}, {}),
 ]  # fmt: skip
 
 
@@ -760,6 +856,7 @@ def test_export_bfloat16_ties(tmp_path: Path) -> None:
         Row("qwen3_vl_moe", "fp8", "block"),
         Row("qwen3_5_moe", "modelopt", "mixed"),
         Row("qwen3_5_moe_vlm", "compressed-tensors", "nvfp4"),
+        Row("llama", "modelopt", "fp8"),
     ],
     ids=lambda row: row.id,
 )
@@ -779,6 +876,37 @@ def test_export_loads_in_transformers(row: Row, converted: Callable[[Row], tuple
     if built.architecture["head"] == "tied":
         assert np.array_equal(held.pop("lm_head.weight"), held["model.embed_tokens.weight"])
     assert_same(held, wanted)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        Row("nemotron_h", "modelopt", "nvfp4"),
+        Row("nemotron_h_latent", "fp8", "block"),
+        Row("nemotron_h_dense", "modelopt", "fp8"),
+        Row("step3p7", "modelopt", "nvfp4"),
+    ],
+    ids=lambda row: row.id,
+)
+def test_export_is_what_transformers_would_save(
+    row: Row, converted: Callable[[Row], tuple[Built, Path]], tmp_path: Path
+) -> None:
+    """Classes that rename while loading: what they loaded, saved again, is the export itself (towers and drafts aside)."""
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    built, out = converted(row)
+    convert.export_checkpoint(out, tmp_path / "dense", to="dense", dtype="float32")
+    config = transformers.AutoConfig.from_pretrained(tmp_path / "dense")
+    model_class = getattr(transformers, config.architectures[0])
+    model, loading = model_class.from_pretrained(tmp_path / "dense", dtype=torch.float32, output_loading_info=True)
+    towers = ("vision_model", "vit_large_projector", "multi_modal_projector")
+    assert not [key for key in loading["missing_keys"] if not any(tower in key for tower in towers)]
+    model.save_pretrained(tmp_path / "saved")
+    saved = {name: tensor.floats() for name, tensor in read_tensors(tmp_path / "saved").items()}
+    carried = ("mtp.", "model.layers.2.", *(f"{tower}." for tower in towers)) if row.family == "step3p7" else ("mtp.",)
+    assert_same(
+        {name: value for name, value in saved.items() if not name.startswith(carried)},
+        {name: value for name, value in built.dense.items() if not name.startswith(carried)},
+    )
 
 
 def stacked_experts(dense: dict[str, Floats]) -> dict[str, Floats]:

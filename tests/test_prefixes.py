@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from build import PREFIXES, Raw, build, edit_tensors, read_json, read_tensors
+from build import Raw, build, edit_tensors, read_json, read_tensors
+from networks import PREFIXES
 
 import convert
 from convert.families import FAMILIES
@@ -118,6 +119,11 @@ META = [
     pytest.param(VLM, "Q1", "Q7-Q2", id="vlm-meta-peft"),
     pytest.param(TEXT, "Q1", "Q8", id="text-meta-Q8"),
     pytest.param(PLAIN_TEXT, "Q6", "Q3", id="bare-meta-Q3"),
+    pytest.param(MOE_VLM, "Q1", "Q2", id="moe-meta-Q2"),
+    pytest.param(NEMOTRON | {"wrapper": True, "mtp": False}, "N4", "N5", id="nano-vl-meta-N5"),
+    pytest.param(NEMOTRON | {"mtp": False}, "N1", "N3", id="nemotron-meta-N3"),
+    pytest.param(STEP, "S1", "S3", id="step-meta-S3"),
+    pytest.param(STEP | {"wrapper": True}, "S2", "S1", id="step-vl-meta-S1"),
 ]
 
 
