@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from build import BLOCK, LAYOUTS, RECIPES, Built, Raw, build, edit_json, edit_tensors, raw, read_file, read_json
+from build import BLOCK, LAYOUTS, RECIPES, Built, Raw, build, edit_json, edit_tensors, join, raw, read_file, read_json
 from build import read_tensors as read
 from conftest import Ran
 from networks import SIZES, Sizes
@@ -70,6 +70,7 @@ def one_by_one(tmp_path_factory: pytest.TempPathFactory) -> Plain:
 # -------------------------------------------------------------------------------------------- one model, many layouts
 
 TWO_I_IS_H = Sizes(64, 96, 80, 4, 2, 16, 2, 4, 16, 24, moe_inter=32)  # gate_up is square, down_proj decides
+SQUARE = Sizes(64, 96, 80, 4, 2, 16, 2, 4, 16, 24, moe_inter=64)  # down_proj is square, fused gate_up decides
 PACKED_SQUARE = Sizes(64, 96, 80, 4, 2, 16, 2, 4, 16, 24, moe_inter=16)  # the same after two codes to a byte
 MANY = replace(SIZES["small"], experts=12)  # expert 10 comes after expert 9, not after expert 1
 ONE = replace(SIZES["small"], experts=1)
@@ -136,6 +137,31 @@ def test_every_layout_gives_the_same_bytes(
     assert found == tensors
     assert found_config["quantization"] == config["quantization"]
     assert read_json(tmp_path / "out" / "conversion.json")["contradictions"] == []
+
+
+@pytest.mark.parametrize("layout", [name for name in STACKED if LAYOUTS[name].fused])
+@pytest.mark.parametrize(("dialect", "scheme"), [("dense", "bf16"), ("modelopt", "fp8"), ("modelopt", "mxfp8")])
+def test_a_square_down_projection(layout: str, dialect: str, scheme: str, one_by_one: Plain, tmp_path: Path) -> None:
+    """I == H: only the fused gate and up show which axis is which, for down as well."""
+    options = MOE | {"dialect": dialect, "scheme": scheme, "sizes": SQUARE}
+    found, _ = convert_and_check(build(tmp_path / "in", layout=layout, **options), tmp_path / "out")
+    assert found == one_by_one(**options)[0]
+
+
+def test_gate_and_up_fused_in_each_expert(tmp_path: Path) -> None:
+    """`experts.0.gate_up_proj.weight` and one scale for it: as if stored apart with equal scales."""
+    built = build(tmp_path / "in", dialect="modelopt", scheme="nvfp4", expert_scales="expert", **MOE)
+
+    def change(stored: dict[str, Raw]) -> None:
+        for e in range(3):
+            gate, up = f"{EXPERTS}.{e}.gate_proj", f"{EXPERTS}.{e}.up_proj"
+            for role in ("weight", "weight_scale", "weight_scale_2", "input_scale"):
+                parts = [stored.pop(f"{module}.{role}") for module in (gate, up)]
+                assert parts[0].shape or parts[0] == parts[1]
+                stored[f"{EXPERTS}.{e}.gate_up_proj.{role}"] = join(parts) if parts[0].shape else parts[0]
+
+    edit_tensors(tmp_path / "in", change)
+    convert_and_check(built, tmp_path / "out")
 
 
 WRAPPED = [  # (layout, base_layer, a name on disk)
@@ -419,7 +445,6 @@ def test_verify_sees_exchanged_experts(tmp_path: Path) -> None:
 
 NVFP4: dict[str, Any] = MOE | {"dialect": "modelopt", "scheme": "nvfp4"}
 PLAIN: dict[str, Any] = MOE | {"dialect": "dense", "scheme": "bf16"}
-SQUARE = Sizes(64, 96, 80, 4, 2, 16, 2, 4, 16, 24, moe_inter=64)
 Change = Callable[[dict[str, Raw]], object]
 
 
