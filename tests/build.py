@@ -4,8 +4,8 @@ Nothing here calls `convert` or `runtime`.  The builder chooses quantised codes 
 producer's dialect, and computes from the same codes and scales, with numpy in float32, the dense weights and the
 canonical tensors that a converter must arrive at.  The formulas are those of the producers (docs/format.md names them).
 
-What a model consists of, and *plain* names, are the business of `networks`.  A plain name of a projection with a suffix
-(`...experts.2.gate_proj.weight_scale`) names a tensor; `LAYOUTS` say how the tensors of experts lie on disk.
+What a model consists of, and *plain* names, are the business of `networks` and `families`.  A plain name of a projection
+with a suffix (`...experts.2.gate_proj.weight_scale`) names a tensor; `LAYOUTS` say how the tensors of experts lie on disk.
 
 Letters: N out features, K in features, P partitions of a fused module, E experts.
 """
@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from networks import FAMILIES, PREFIXES, SIZES, Linear, Network, Prefix, Sizes, Variant, expert_of, fused_name
+from families import FAMILIES, PREFIXES
+from networks import SIZES, Linear, Network, Prefix, Sizes, Variant, expert_of, fused_name
 from numpy.typing import NDArray
 
 Array = NDArray[Any]
@@ -202,7 +203,7 @@ def edit_json(path: Path, change: Callable[[Any], object]) -> None:
     write_json(path, value)
 
 
-NUL_SENTINEL = ".\0backbone.pt_name_sentinel"  # what modelopt 0.47 leaves in names of its config (formats.md, 2.5)
+NUL_SENTINEL = ".\0backbone.pt_name_sentinel"  # what modelopt 0.47 leaves in names of its config
 
 
 def _with_sentinel(entry: str) -> str:
@@ -358,7 +359,7 @@ def quantise(
 
 
 def _modelopt_tensors(q: Quantised, stored: str) -> dict[str, Raw]:
-    """ModelOpt 0.47 (formats.md, 2.1): scalars are 0-d F32, block scales 4-D F32, E8M0 scales U8."""
+    """ModelOpt 0.47: scalars are 0-d F32, block scales 4-D F32, E8M0 scales U8."""
     scheme = q.kind.scheme
     packed = scheme in ("nvfp4", "mxfp4")
     tensors = {"weight": raw("U8" if packed else "F8_E4M3", q.weight)}
@@ -376,7 +377,7 @@ def _modelopt_tensors(q: Quantised, stored: str) -> dict[str, Raw]:
 
 
 def _compressed_tensors_tensors(q: Quantised, stored: str) -> dict[str, Raw]:
-    """compressed-tensors 0.20 (formats.md, 3.1): scales in the model dtype, `[1]` or `[N, 1]`; global scales divide."""
+    """compressed-tensors 0.20: scales in the model dtype, `[1]` or `[N, 1]`; global scales divide."""
     scheme = q.kind.scheme
     packed = scheme in ("nvfp4", "mxfp4")
     tensors = {"weight_packed" if packed else "weight": raw("U8" if packed else "F8_E4M3", q.weight)}
@@ -401,7 +402,7 @@ def _compressed_tensors_tensors(q: Quantised, stored: str) -> dict[str, Raw]:
 
 
 def _hf_fp8_tensors(q: Quantised, stored: str) -> dict[str, Raw]:
-    """transformers fine-grained FP8 (formats.md, 4): `weight_scale_inv` multiplies, whatever its name says."""
+    """transformers fine-grained FP8: `weight_scale_inv` multiplies, whatever its name says."""
     scale = raw("U8", np.log2(q.scale).astype(int) + 127) if stored == "F8_E8M0" else raw(stored, q.scale)
     tensors = {"weight": raw("F8_E4M3", q.weight), "weight_scale_inv": replace(scale, dtype=stored)}
     if q.input_scale is not None:
@@ -976,7 +977,7 @@ def _parts_of(linear: Linear) -> list[str]:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """How the experts of a layer lie on disk (families.md, section 4).
+    """How the experts of a layer lie on disk.
 
     stacked     one tensor for all experts; fused: with gate and up in one; transposed: input-major
     name        (container, stacked module, suffix, `.base_layer` segments) -> name on disk
@@ -1093,7 +1094,7 @@ def build(
 ) -> Built:
     """Write a tiny, complete checkpoint and return what it stands for.
 
-    `family`: a key of `networks.FAMILIES`.  `dialect`, `scheme`: a key of `RECIPES`.  `prefix`: a key of `PREFIXES`; None: what
+    `family`: a key of `families.FAMILIES`.  `dialect`, `scheme`: a key of `RECIPES`.  `prefix`: a key of `PREFIXES`; None: what
     the family's own checkpoints use.  `options`: fields of `Options`.  Values depend on `seed` and on plain names only,
     so two prefix variants, config forms or shardings of one checkpoint hold the same numbers.
     """

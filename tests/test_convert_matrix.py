@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import families
 import numpy as np
 import pytest
 import torch
@@ -47,7 +48,7 @@ from runtime.format import ACTIVATIONS, SCHEMES, CanonicalConfig, module_tensors
 
 @dataclass(frozen=True)
 class Row:
-    """One checkpoint to build.  `family`: key of `FAMILIES`; `options`: further keywords of `build`."""
+    """One checkpoint to build.  `family`: key of `MODELS`; `options`: further keywords of `build`."""
 
     family: str
     dialect: str
@@ -61,25 +62,13 @@ class Row:
         return "-".join((self.dialect, self.scheme, self.family, *more)).replace(" ", "")
 
 
-FAMILIES: dict[str, dict[str, Any]] = {
-    "qwen3": {"family": "qwen3"},
-    "qwen3_tied_bias": {"family": "qwen3", "tied": True, "bias": True},
-    "qwen3_5": {"family": "qwen3_5"},
-    "qwen3_5_mtp": {"family": "qwen3_5", "mtp": True, "f32_gates": True},
-    "qwen3_5_vlm": {"family": "qwen3_5", "wrapper": True, "mtp": True},
-    "qwen3_moe": {"family": "qwen3_moe"},
-    "qwen3_vl_moe": {"family": "qwen3_vl_moe", "wrapper": True},
-    "qwen3_5_moe": {"family": "qwen3_5_moe", "mtp": True, "layout": "X2", "expert_scales": "expert"},
-    "qwen3_5_moe_vlm": {"family": "qwen3_5_moe", "wrapper": True, "mtp": True},
-    "llama": {"family": "llama", "bias": True},
-    "nemotron_h": {"family": "nemotron_h", "mtp": True, "layout": "X2"},
-    "nemotron_h_dense": {"family": "nemotron_h", "variety": "dense"},
-    "nemotron_h_latent": {"family": "nemotron_h", "variety": "latent", "mtp": True},
-    "nemotron_nano_vl": {"family": "nemotron_h", "wrapper": True},
-    "step3p5": {"family": "step3p5", "mtp": True, "layout": "X4"},
-    "step3p7": {"family": "step3p5", "mtp": True, "wrapper": True},
-    "step3": {"family": "step3_text", "layout": "X4", "expert_scales": "one"},
-    "step3_vl": {"family": "step3_text", "wrapper": True},
+REGISTERED = {family.name for family in CONVERT_FAMILIES}
+# Every model that `families` describes, of the families that the converter has.
+MODELS: dict[str, dict[str, Any]] = {
+    model: {"family": name, **options}
+    for name, family in families.FAMILIES.items()
+    if name in REGISTERED
+    for model, options in family.models.items()
 }
 ALL_SCHEMES = ("qwen3", "qwen3_tied_bias", "qwen3_5", "qwen3_5_mtp", "qwen3_5_vlm")
 # The number format of a module does not depend on the family: these have a few rows of each dialect (and test_experts.py).
@@ -92,7 +81,7 @@ FEW_SCHEMES = {
 MATRIX = [
     Row(family, dialect, scheme)
     for dialect, scheme in RECIPES
-    for family in FAMILIES
+    for family in MODELS
     if family in ALL_SCHEMES or scheme in FEW_SCHEMES[dialect]
 ]
 
@@ -153,7 +142,7 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Row], tuple
     @functools.cache
     def of(row: Row) -> tuple[Built, Path]:
         folder = tmp_path_factory.mktemp("row")
-        options = FAMILIES[row.family] | dict(row.options)
+        options = MODELS[row.family] | dict(row.options)
         built = build(folder / "in", dialect=row.dialect, scheme=row.scheme, **options)
         convert.convert_checkpoint(folder / "in", folder / "out")
         return built, folder / "out"
@@ -345,7 +334,7 @@ def test_every_scheme_and_dialect_has_a_row(converted: Callable[[Row], tuple[Bui
     assert {(d.name, e.scheme) for d in DIALECTS for e in d.encodings} == seen
     dialects = {*(d.name for d in DIALECTS), "dense"}
     assert {row.dialect for row in MATRIX} == dialects
-    pairs = {(FAMILIES[row.family]["family"], row.dialect) for row in MATRIX}
+    pairs = {(MODELS[row.family]["family"], row.dialect) for row in MATRIX}
     assert pairs == {(family.name, dialect) for family in CONVERT_FAMILIES for dialect in dialects}
 
 

@@ -7,9 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import families
 import pytest
 from build import Raw, build, edit_tensors, read_json, read_tensors
-from networks import PREFIXES
 
 import convert
 from convert.families import FAMILIES
@@ -19,37 +19,25 @@ Plain = Callable[..., tuple[dict[str, Raw], dict[str, Any]]]
 MODELOPT: dict[str, Any] = {"dialect": "modelopt", "scheme": "mixed"}
 CT = {"dialect": "compressed-tensors", "scheme": "nvfp4"}
 HF = {"dialect": "fp8", "scheme": "block_bf16"}
-TEXT: dict[str, Any] = {"family": "qwen3_5", "mtp": True}
 PLAIN_TEXT: dict[str, Any] = {"family": "qwen3_5"}
-VLM: dict[str, Any] = {"family": "qwen3_5", "mtp": True, "wrapper": True}
+TEXT: dict[str, Any] = {"family": "qwen3_5", "mtp": True}
+VLM: dict[str, Any] = TEXT | {"wrapper": True}
 QWEN3: dict[str, Any] = {"family": "qwen3"}
-MOE: dict[str, Any] = {"family": "qwen3_5_moe", "mtp": True, "layout": "X2"}
-MOE_VLM: dict[str, Any] = MOE | {"wrapper": True, "layout": "X1"}
+MOE_VLM: dict[str, Any] = VLM | {"family": "qwen3_5_moe"}
 NEMOTRON: dict[str, Any] = {"family": "nemotron_h", "mtp": True}
 STEP: dict[str, Any] = {"family": "step3p5", "mtp": True, "layout": "X4"}
 
-# model, the spelling to compare with, other spellings; families.md, section 3, has the numbers
-FORMS = [
-    ("text", TEXT, "Q3", ["Q1", "Q1-inner-head", "Q2", "Q3-inner-head", "Q4", "Q5", "Q6", "Q7-Q1", "Q7-Q2", "Q7-Q3",
-                          "Q7-Q4", "Q8", "Q8-model-mtp"]),
-    ("vlm", VLM, "Q1", ["Q1-inner-head", "Q2", "Q2-model-visual", "Q5", "Q7-Q1", "Q7-Q2", "Q8", "Q8-model-mtp"]),
-    ("qwen3", QWEN3, "Q3", ["Q6", "Q7-Q3"]),
-    ("moe", MOE, "Q3", ["Q1", "Q2", "Q3-inner-head", "Q6", "Q7-Q2", "Q8"]),
-    ("moe-vlm", MOE_VLM, "Q1", ["Q2", "Q5", "Q7-Q1", "Q8-model-mtp"]),
-    ("vl-moe", {"family": "qwen3_vl_moe", "wrapper": True}, "Q1", ["Q2", "Q5", "Q7-Q1"]),
-    ("qwen3-moe", {"family": "qwen3_moe"}, "Q3", ["Q6", "Q7-Q3"]),
-    ("llama", {"family": "llama"}, "Q3", ["Q6", "Q7-Q3"]),
-    ("nemotron", NEMOTRON, "N1", ["N2", "N3", "N5", "N6", "Q7-N1"]),
-    ("nemotron-vl", NEMOTRON | {"wrapper": True}, "N4", ["N1", "N4-inner-mtp", "N5", "Q7-N4"]),
-    ("step", STEP, "S1", ["S1-plain-head", "S2", "S3", "Q7-S1"]),
-    ("step-vl", STEP | {"wrapper": True}, "S1", ["S2", "S3", "Q7-S2"]),
-    ("step3", {"family": "step3_text", "wrapper": True, "layout": "X4"}, "T1", ["T1-inner", "Q7-T1"]),
-]  # fmt: skip
+# id -> model, the spelling to compare with, other spellings
+FORMS = {
+    form: ({"family": family.name, **options}, base, others)
+    for family in FAMILIES
+    for form, (options, base, others) in families.FAMILIES[family.name].spellings.items()
+}
 PRODUCERS = {"modelopt": MODELOPT, "compressed-tensors": CT, "fp8": HF, "dense": {"dialect": "dense", "scheme": "bf16"}}
 # Every spelling with one producer whose config names modules one by one; a few with the others.
 CASES = [
-    pytest.param(model, producer, base, other, id=f"{producer}-{model_name}-{other}")
-    for model_name, model, base, others in FORMS
+    pytest.param(model, producer, base, other, id=f"{producer}-{form}-{other}")
+    for form, (model, base, others) in FORMS.items()
     for producer in PRODUCERS
     for other in others
     if producer == "modelopt" or other in ("Q2", "Q6", "Q7-Q1", "N5", "Q7-N4", "S2")
@@ -79,7 +67,7 @@ def converted(folder: Path, **options: Any) -> tuple[dict[str, Raw], dict[str, A
 
 def parts_of(prefix: str) -> set[str]:
     """First segments of the canonical names of the parts that a prefix variant stores."""
-    place = PREFIXES[prefix]
+    place = families.PREFIXES[prefix]
     parts = {"lm_head": place.head, "visual": place.visual, "mtp": place.mtp, **place.towers}
     return {"model"} | {part for part, spelling in parts.items() if spelling is not None}
 

@@ -101,7 +101,7 @@ def normalise_decoder(architecture: dict[str, Any], config: Mapping[str, Any], l
         raise ConvertError(
             Problem("config.json", "hidden_act", "silu", str(architecture["hidden_act"]), "another family?")
         )
-    # The flag of the outermost config decides; a nested one may contradict it (families' trap T5).
+    # The flag of the outermost config decides; a nested one may contradict it.
     architecture["head"] = "tied" if config.get("tie_word_embeddings") else "separate"
 
 
