@@ -6,6 +6,7 @@ import re
 import shlex
 from pathlib import Path
 
+import families
 import pytest
 from support_table import BEGIN, END, table
 
@@ -27,8 +28,13 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "samp
 
 
 def test_support_table() -> None:
-    """README's table is what the registries make of it: run `python tests/support_table.py` after a change to them."""
-    assert README.partition(BEGIN)[2].partition(END)[0] == table()
+    """README's table is what the registries make of it: run `python tests/support_table.py` after a change to them.
+
+    Rows of families that are described and tested, and not there yet, may come first.
+    """
+    awaited = tuple(f"| `{name}` |" for name in families.FAMILIES.keys() - {f.name for f in FAMILIES})
+    lines = README.partition(BEGIN)[2].partition(END)[0].splitlines(keepends=True)
+    assert "".join(line for line in lines if not awaited or not line.startswith(awaited)) == table()
     for name in (*(d.name for d in DIALECTS), *(f.name for f in FAMILIES)):
         assert f"| `{name}` |" in README
 

@@ -1,25 +1,28 @@
-"""Model families: one file of tables each."""
+"""Model families: one file of tables each.  A module of this package that defines a `Family` needs no other registration."""
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
 from collections.abc import Mapping
 from typing import Any
 
 from ..errors import ConvertError, Problem
-from . import llama, nemotron_h, qwen3, qwen3_5, qwen3_moe, step
 from .base import Family, text_config
 
-FAMILIES: tuple[Family, ...] = (
-    qwen3.FAMILY,
-    qwen3_5.FAMILY,
-    qwen3_5.MOE_FAMILY,
-    qwen3_moe.FAMILY,
-    qwen3_moe.VL_FAMILY,
-    llama.FAMILY,
-    nemotron_h.FAMILY,
-    step.STEP3P5,
-    step.STEP3,
-)
+
+def _discover() -> tuple[Family, ...]:
+    """Every family that a module of this package defines, in the order of the modules and of their lines."""
+    found: dict[str, Family] = {}
+    for module in pkgutil.iter_modules(__path__):
+        for value in vars(importlib.import_module(f"{__name__}.{module.name}")).values():
+            if isinstance(value, Family):
+                twin = found.setdefault(value.name, value)
+                assert twin is value, f"two families are called {value.name}"
+    return tuple(found.values())
+
+
+FAMILIES: tuple[Family, ...] = _discover()
 
 # model_type -> why it is not taken for a family that it looks like
 REFUSED_MODEL_TYPES: Mapping[str, str] = {
