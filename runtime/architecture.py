@@ -7,7 +7,7 @@ import types
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from runtime.format import CONFIG_FILE, FormatError
 
@@ -16,22 +16,16 @@ A = TypeVar("A", bound="Architecture")
 
 @dataclass(frozen=True)
 class Architecture:
-    """The fields that every decoder family has; docs/format.md lists them."""
+    """The fields that every family has; docs/format.md lists them."""
 
     vocab_size: int
     hidden_size: int
-    intermediate_size: int
     num_hidden_layers: int
-    layer_types: tuple[str, ...]
     num_attention_heads: int
     num_key_value_heads: int
     head_dim: int
-    attention_bias: bool
     rms_norm_eps: float
-    hidden_act: str
-    rope_theta: float
-    rope_scaling: dict[str, Any] | None
-    max_position_embeddings: int
+    max_position_embeddings: int | None
     head: str
     bos_token_id: int | None
     eos_token_id: int | tuple[int, ...] | None
@@ -44,12 +38,8 @@ class Architecture:
             counts = name.startswith(("num_", "linear_")) or name.endswith(("_size", "_dim", "_embeddings"))
             if counts and isinstance(value, int) and value < 1:
                 raise refused(name, "a number above 0", value)
-        if len(self.layer_types) != self.num_hidden_layers:
-            raise refused("layer_types", f"{self.num_hidden_layers} entries", len(self.layer_types))
         if self.num_attention_heads % self.num_key_value_heads:
             raise refused("num_attention_heads", f"a multiple of {self.num_key_value_heads} KV heads", self.num_attention_heads)
-        if self.hidden_act != "silu":
-            raise refused("hidden_act", "'silu'", self.hidden_act)
         if self.head == "absent":
             raise FormatError(
                 f"{CONFIG_FILE}: architecture.head: expected 'separate' or 'tied', found 'absent'; the source is a bare "
@@ -57,6 +47,33 @@ class Architecture:
             )
         if self.head not in ("separate", "tied"):
             raise refused("head", "'separate' or 'tied'", self.head)
+
+
+@dataclass(frozen=True)
+class RotaryArchitecture(Architecture):
+    """The fields of decoders with rotary positions and gated MLPs.
+
+    `layer_kinds` of a subclass: what `layer_types` may hold.
+    """
+
+    layer_kinds: ClassVar[tuple[str, ...]] = ("full_attention",)
+
+    layer_types: tuple[str, ...]
+    attention_bias: bool
+    hidden_act: str
+    rope_theta: float
+    rope_scaling: dict[str, Any] | None
+
+    def check(self) -> None:
+        """Raise `FormatError` for values that no network of this runtime has."""
+        super().check()
+        if len(self.layer_types) != self.num_hidden_layers:
+            raise refused("layer_types", f"{self.num_hidden_layers} entries", len(self.layer_types))
+        for kind in self.layer_types:
+            if kind not in self.layer_kinds:
+                raise refused("layer_types", " or ".join(self.layer_kinds), kind)
+        if self.hidden_act != "silu":
+            raise refused("hidden_act", "'silu'", self.hidden_act)
 
 
 def refused(field: str, expected: str, found: object) -> FormatError:

@@ -6,15 +6,17 @@ the config's entry calls for, refuses an entry that does not fit the network, an
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from runtime.activations import fp8
+from runtime.experts import ExpertLinears, ExpertProjections
 from runtime.format import CONFIG_FILE, MX_GROUP, NVFP4_GROUP, CanonicalConfig, FormatError, ModuleSpec
 from runtime.layers import SCHEME_LAYERS, Linear, stored
+from runtime.state import KVFormat
 
 _GROUPS = {"nvfp4": NVFP4_GROUP, "mxfp8": MX_GROUP, "mxfp4": MX_GROUP}
 
@@ -34,23 +36,6 @@ class Projections:
         if len(self.layers) == 1:
             return self.layers[0](x).split(self.sizes, -1)
         return tuple(layer(x) for layer in self.layers)
-
-
-@dataclass(frozen=True)
-class KVQuantizer:
-    """Rounds keys and values to what an E4M3 cache with stored scales holds; does nothing when `owner` is None.
-
-    Source: nvidia-modelopt 0.47 quantises K after the rotary embedding and V as they enter attention.
-    """
-
-    owner: nn.Module | None
-
-    def __call__(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """`k`, `v`: `[B, Nkv, T, D]`, returned in the same dtype."""
-        if self.owner is None:
-            return k, v
-        k_scale, v_scale = (self.owner.get_parameter(name).view(-1, 1, 1) for name in ("k_scale", "v_scale"))
-        return fp8(k.float(), k_scale).to(k.dtype), fp8(v.float(), v_scale).to(v.dtype)
 
 
 @dataclass
@@ -80,31 +65,28 @@ class LayerBuilder:
         one; a quantised entry may also count each projection as a single partition.  `columns`: K.  Raises
         `FormatError` when the config's entries do not fit.
         """
-        prefix, _, fused = name.rpartition(".")
-        sizes = tuple(sum(rows) for rows in parts.values())
-        self._used.add(name)
-        if name not in self.config.unfused:
-            partitions = tuple(rows for part in parts.values() for rows in part)
-            layer = self._linear(name, [partitions, sizes], columns, bias)
-            owner.add_module(fused, layer)
-            return Projections((layer,), sizes)
-        if self.config.unfused[name] != tuple(parts):
-            raise FormatError(
-                f"{CONFIG_FILE}: unfused.{name}: expected {', '.join(parts)}, "
-                f"found {', '.join(self.config.unfused[name])}; convert again"
-            )
-        layers = []
-        for part, rows in parts.items():
-            layer = self._linear(f"{prefix}.{part}", [rows, (sum(rows),)], columns, bias)
-            owner.add_module(part, layer)
-            layers.append(layer)
-        return Projections(tuple(layers), sizes)
+        layers = tuple(self._linear(at, allowed, columns, bias) for at, allowed in self._fused(name, parts))
+        return Projections(_register(owner, self._children(name, parts), layers), _sizes(parts))
 
-    def kv_cache(self, owner: nn.Module, name: str, heads: int) -> KVQuantizer:
-        """Register `k_scale` and `v_scale` on the attention module `owner` where the config says that it has them."""
+    def expert_linears(self, name: str, rows: int, columns: int, count: int) -> ExpertLinears:
+        """`linear` for a stack of `count` experts."""
+        return self._experts(name, [(rows,)], columns, count)
+
+    def expert_projections(
+        self, owner: nn.Module, name: str, parts: Mapping[str, tuple[int, ...]], columns: int, count: int
+    ) -> ExpertProjections:
+        """`projections` for stacks of `count` experts."""
+        stacks = tuple(self._experts(at, allowed, columns, count) for at, allowed in self._fused(name, parts))
+        return ExpertProjections(_register(owner, self._children(name, parts), stacks), _sizes(parts))
+
+    def kv_cache(self, owner: nn.Module, name: str, heads: int, head_dim: int, window: int | None = None) -> KVFormat:
+        """How the attention module `owner`, called `name`, keeps its `heads` keys and values.
+
+        Registers `k_scale` and `v_scale` on it where the config says that it has them.
+        """
         kind = self.config.kv_cache.get(name)
         if kind is None:
-            return KVQuantizer(None)
+            return KVFormat(heads, head_dim, window)
         self._used.add(name)
         if kind not in ("tensor", "head"):
             raise FormatError(
@@ -112,7 +94,7 @@ class LayerBuilder:
             )
         for role in ("k_scale", "v_scale"):
             owner.register_parameter(role, stored(heads if kind == "head" else 1, dtype="F32"))
-        return KVQuantizer(owner if self.quantize_activations else None)
+        return KVFormat(heads, head_dim, window, owner if self.quantize_activations else None)
 
     def check_all_used(self) -> None:
         """Raise `FormatError` when the config describes a module that the network does not have."""
@@ -128,16 +110,53 @@ class LayerBuilder:
                         "found a name that its network does not have; convert again"
                     )
 
-    def _linear(self, name: str, partitions: Iterable[tuple[int, ...]], columns: int, bias: bool) -> Linear:
-        """`partitions`: the row counts that a quantised entry may have; their sums are equal."""
+    def _children(self, name: str, parts: Mapping[str, tuple[int, ...]]) -> list[str]:
+        """What stands in the place of the fused module `name`: itself, or one child per projection."""
+        if name not in self.config.unfused:
+            return [name.rpartition(".")[2]]
+        if self.config.unfused[name] != tuple(parts):
+            raise FormatError(
+                f"{CONFIG_FILE}: unfused.{name}: expected {', '.join(parts)}, "
+                f"found {', '.join(self.config.unfused[name])}; convert again"
+            )
+        return list(parts)
+
+    def _fused(self, name: str, parts: Mapping[str, tuple[int, ...]]) -> list[tuple[str, list[tuple[int, ...]]]]:
+        """Canonical name of each child, and the row counts of partitions that its entry may have."""
         self._used.add(name)
-        allowed = list(partitions)
-        rows = sum(allowed[0])
+        children = self._children(name, parts)
+        if name not in self.config.unfused:
+            return [(name, [tuple(rows for part in parts.values() for rows in part), _sizes(parts)])]
+        prefix = name.rpartition(".")[0]
+        return [(f"{prefix}.{child}", [parts[child], (sum(parts[child]),)]) for child in children]
+
+    def _linear(self, name: str, allowed: list[tuple[int, ...]], columns: int, bias: bool) -> Linear:
+        """`allowed`: the row counts of partitions that a quantised entry may have; their sums are equal."""
+        spec = self._spec(name, allowed, columns, None)
+        if spec is None:
+            return Linear(sum(allowed[0]), columns, bias)
+        return SCHEME_LAYERS[spec.scheme](spec, bias, self.quantize_activations)
+
+    def _experts(self, name: str, allowed: list[tuple[int, ...]], columns: int, count: int) -> ExpertLinears:
+        spec = self._spec(name, allowed, columns, count)
+        if spec is None:
+            return ExpertLinears(count, lambda: Linear(sum(allowed[0]), columns))
+        one, quantize = replace(spec, experts=None), self.quantize_activations
+        return ExpertLinears(count, lambda: SCHEME_LAYERS[one.scheme](one, False, quantize))
+
+    def _spec(self, name: str, allowed: list[tuple[int, ...]], columns: int, experts: int | None) -> ModuleSpec | None:
+        """The config's entry for a module, None when it is not quantised; refused when it does not fit."""
+        self._used.add(name)
         spec = self.config.modules.get(name)
         if spec is None:
-            return Linear(rows, columns, bias)
-        self._check(name, spec, (rows, columns), allowed)
-        return SCHEME_LAYERS[spec.scheme](spec, bias, self.quantize_activations)
+            return None
+        if spec.experts != experts:
+            raise FormatError(
+                f"{CONFIG_FILE}: quantization.modules.{name}: expected {experts or 'no'} experts, "
+                f"found {spec.experts or 'none'}; convert again"
+            )
+        self._check(name, spec, (sum(allowed[0]), columns), allowed)
+        return spec
 
     def _check(self, name: str, spec: ModuleSpec, shape: tuple[int, int], partitions: list[tuple[int, ...]]) -> None:
         where = f"{CONFIG_FILE}: quantization.modules.{name}"
@@ -152,3 +171,17 @@ class LayerBuilder:
                 f"{where}: expected a multiple of {group} inputs for {spec.scheme}, found {shape[1]}; "
                 "this module cannot be quantised so: convert again"
             )
+
+
+def _sizes(parts: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
+    """Rows of each projection."""
+    return tuple(sum(rows) for rows in parts.values())
+
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def _register(owner: nn.Module, names: list[str], children: tuple[M, ...]) -> tuple[M, ...]:
+    for name, child in zip(names, children, strict=True):
+        owner.add_module(name, child)
+    return children

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Collection, Iterator
 
 import torch
@@ -39,7 +40,7 @@ def generate_tokens(
 
 
 def _check(model: CausalLM, ids: Tensor, max_new_tokens: int, temperature: float, top_p: float, top_k: int) -> None:
-    vocabulary, positions = model.architecture.vocab_size, model.architecture.max_position_embeddings
+    vocabulary, positions = model.architecture.vocab_size, model.architecture.max_position_embeddings or sys.maxsize
     if ids.ndim != 2 or ids.numel() == 0 or ids.dtype != torch.int64:
         raise ValueError(f"input_ids: expected int64 with at least one token per sequence, found {ids.dtype} {list(ids.shape)}")
     if int(ids.min()) < 0 or int(ids.max()) >= vocabulary:
@@ -68,7 +69,7 @@ def _generate(
     eos_ids: frozenset[int],
 ) -> Iterator[int | tuple[int, ...]]:
     batch, length = ids.shape
-    count = min(max_new_tokens, model.architecture.max_position_embeddings - length)
+    count = min(max_new_tokens, (model.architecture.max_position_embeddings or sys.maxsize) - length)
     if count == 0:
         return
     generator = torch.Generator(device=model.device)

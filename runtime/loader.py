@@ -27,12 +27,14 @@ def load_model(
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
     activations: str = "quantized",
+    drafts: bool = False,
 ) -> CausalLM:
     """Load a canonical checkpoint.
 
     `out_dir`: the directory that `qconvert` wrote.  `device`: "cpu" or "cuda".  `dtype`: the dtype of the arithmetic,
     by default bfloat16 on CUDA and float32 on the CPU; stored tensors keep theirs.  `activations`: "quantized" also
-    quantises activations and the KV cache as the checkpoint says, "full" does not.
+    quantises activations and the KV cache as the checkpoint says, "full" does not.  `drafts`: also load the checkpoint's
+    draft heads, for speculative decoding.
 
     Returns a model in evaluation mode: int64 `[B, T]` to float32 logits `[B, T, V]`.  Raises `LoadError` or
     `FormatError`, one line each, for a checkpoint that does not fit, and `ValueError` for another argument.
@@ -54,10 +56,11 @@ def load_model(
     architecture = read_architecture(network.architecture_type, config.architecture)
     build = LayerBuilder(config, target, dtype, activations == "quantized")
     with torch.device("meta"):
-        model = network(architecture, build)
+        model = network(architecture, build, drafts)
     build.check_all_used()
-    files = _tensor_files(directory, config)
-    _check(directory, config, files, model.state_dict())
+    expected = model.state_dict()
+    files = {name: file for name, file in _tensor_files(directory).items() if name in expected or not config.is_carried(name)}
+    _check(directory, config, files, expected)
     model.load_state_dict(dict(_read(directory, files, target)), strict=True, assign=True)
     return model.requires_grad_(False).eval()
 
@@ -81,8 +84,8 @@ def _read_json(directory: Path, name: str) -> Any:
         ) from None
 
 
-def _tensor_files(directory: Path, config: CanonicalConfig) -> dict[str, str]:
-    """Tensor name to file name for every tensor that is not merely carried, from the index."""
+def _tensor_files(directory: Path) -> dict[str, str]:
+    """Tensor name to file name, from the index."""
     index = _read_json(directory, INDEX_FILE)
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
@@ -93,7 +96,7 @@ def _tensor_files(directory: Path, config: CanonicalConfig) -> dict[str, str]:
                 f"{INDEX_FILE}: {name}: expected the name of a safetensors file in the same directory, "
                 f"found {file!r}; convert again"
             )
-    return {name: file for name, file in weight_map.items() if not config.is_carried(name)}
+    return weight_map
 
 
 @contextmanager

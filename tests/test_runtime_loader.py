@@ -156,7 +156,7 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
     "config is no JSON": (lambda out: (out / "config.json").write_text("{"), ["config.json", "expected JSON"]),
     "a source config": (edit_json("config.json", lambda _: {"model_type": "qwen3"}), ["format 'qconvert'", "None"]),
     "a newer format": (edit_config("format_version", value=2), ["format_version 1", "found 2"]),
-    "another family": (edit_config("family", value="llama"), ["family", "qwen3, qwen3_5", "'llama'"]),
+    "another family": (edit_config("family", value="gpt2"), ["family", "qwen3, qwen3_5", "'gpt2'"]),
     "missing field": (edit_config("architecture", "head_dim", value=None), ["architecture", "head_dim missing"]),
     "unknown field": (edit_config("architecture", "extra", value=1), ["architecture", "extra unknown"]),
     "field of another type": (edit_config("architecture", "hidden_size", value="64"), ["architecture.hidden_size", "'64'"]),

@@ -5,7 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from runtime.models.base import CausalLM
+from runtime.models.llama import Llama
 from runtime.models.qwen3 import Qwen3
 from runtime.models.qwen3_5 import Qwen3_5
+from runtime.models.qwen3_5_moe import Qwen3_5Moe
+from runtime.models.qwen3_moe import Qwen3Moe
 
-FAMILIES: Mapping[str, type[CausalLM]] = {"qwen3": Qwen3, "qwen3_5": Qwen3_5}
+FAMILIES: Mapping[str, type[CausalLM]] = {
+    "llama": Llama,
+    "qwen3": Qwen3,
+    "qwen3_5": Qwen3_5,
+    "qwen3_5_moe": Qwen3_5Moe,
+    "qwen3_moe": Qwen3Moe,
+    "qwen3_vl_moe": Qwen3Moe,
+}

@@ -3,85 +3,104 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from runtime.architecture import Architecture, refused
-from runtime.attention import KVCache, Positions, causal_attention, split_heads
+from runtime.architecture import RotaryArchitecture, refused
 from runtime.builder import LayerBuilder
-from runtime.models.base import MLP, CausalLM, Trunk
+from runtime.models.base import CausalLM, GatedMLP, Trunk
 from runtime.norms import RMSNorm
+from runtime.rotary import Rope, split_heads
+from runtime.state import CacheSize, KVCache, Tokens
 
 
 @dataclass(frozen=True)
-class Qwen3Architecture(Architecture):
-    """The facts of a Qwen3 network."""
+class AttentionArchitecture(RotaryArchitecture):
+    """The facts of a network whose layers all have softmax attention."""
+
+    layer_kinds = ("full_attention", "sliding_attention")
 
     sliding_window: int | None
 
     def check(self) -> None:
-        """Raise `FormatError` for values that no Qwen3 has."""
+        """Raise `FormatError` for values that no such network has."""
         super().check()
-        for kind in self.layer_types:
-            if kind not in ("full_attention", "sliding_attention"):
-                raise refused("layer_types", "full_attention or sliding_attention", kind)
         if "sliding_attention" in self.layer_types and not (self.sliding_window and self.sliding_window > 0):
             raise refused("sliding_window", "a number above 0 for layers of type sliding_attention", self.sliding_window)
 
 
-class Attention(nn.Module):
-    """Grouped-query attention with normalised queries and keys."""
+@dataclass(frozen=True)
+class Qwen3Architecture(AttentionArchitecture):
+    """The facts of a Qwen3 network."""
 
-    def __init__(self, a: Qwen3Architecture, build: LayerBuilder, name: str, window: int | None) -> None:
+    intermediate_size: int
+
+
+class Attention(nn.Module):
+    """Grouped-query attention; queries and keys are normalised where the family does so (`qk_norm`)."""
+
+    def __init__(self, a: AttentionArchitecture, build: LayerBuilder, name: str, index: int, qk_norm: bool = True) -> None:
         super().__init__()
-        self.head_dim, self.kv_heads, self.window = a.head_dim, a.num_key_value_heads, window
+        self.head_dim = a.head_dim
         q_rows, kv_rows = a.num_attention_heads * a.head_dim, a.num_key_value_heads * a.head_dim
         parts = {"q_proj": (q_rows,), "k_proj": (kv_rows,), "v_proj": (kv_rows,)}
         self.qkv = build.projections(self, f"{name}.qkv_proj", parts, a.hidden_size, a.attention_bias)
-        self.q_norm = RMSNorm(a.head_dim, a.rms_norm_eps)
-        self.k_norm = RMSNorm(a.head_dim, a.rms_norm_eps)
+        self.q_norm = RMSNorm(a.head_dim, a.rms_norm_eps) if qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(a.head_dim, a.rms_norm_eps) if qk_norm else nn.Identity()
         self.o_proj = build.linear(f"{name}.o_proj", a.hidden_size, q_rows, a.attention_bias)
-        self.round_kv = build.kv_cache(self, name, a.num_key_value_heads)
+        window = a.sliding_window if a.layer_types[index] == "sliding_attention" else None
+        self.kv = build.kv_cache(self, name, a.num_key_value_heads, a.head_dim, window)
 
-    def forward(self, x: Tensor, at: Positions, cache: KVCache) -> Tensor:
+    def forward(self, x: Tensor, at: Tokens, cache: KVCache) -> Tensor:
         """`[B, T, H]` to `[B, T, H]`."""
         q, k, v = (split_heads(y, self.head_dim) for y in self.qkv(x))
-        q, k = at.rotate(self.q_norm(q)), at.rotate(self.k_norm(k))
-        k, v = cache.append(*self.round_kv(k, v), at.start)
-        y = causal_attention(q, k, v, at.start, self.window)
+        y = cache.attend(at.rotate(self.q_norm(q)), at.rotate(self.k_norm(k)), v, at)
         return self.o_proj(y.transpose(1, 2).flatten(2))
 
 
 class Layer(nn.Module):
     """Attention and MLP, each behind a norm and around a residual."""
 
-    def __init__(self, a: Qwen3Architecture, build: LayerBuilder, index: int) -> None:
+    def __init__(self, a: AttentionArchitecture, attention: Attention, mlp: nn.Module) -> None:
         super().__init__()
-        name = f"model.layers.{index}"
-        window = a.sliding_window if a.layer_types[index] == "sliding_attention" else None
         self.input_layernorm = RMSNorm(a.hidden_size, a.rms_norm_eps)
-        self.self_attn = Attention(a, build, f"{name}.self_attn", window)
+        self.self_attn = attention
         self.post_attention_layernorm = RMSNorm(a.hidden_size, a.rms_norm_eps)
-        self.mlp = MLP(a, build, f"{name}.mlp")
+        self.mlp = mlp
 
-    def forward(self, x: Tensor, at: Positions, cache: KVCache) -> Tensor:
+    def forward(self, x: Tensor, at: Tokens, cache: KVCache) -> Tensor:
         """`[B, T, H]` to `[B, T, H]`."""
         x = x + self.self_attn(self.input_layernorm(x), at, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
 
-    def new_cache(self, batch: int, max_length: int, device: torch.device, dtype: torch.dtype) -> KVCache:
-        """An empty cache for `max_length` tokens."""
-        return KVCache(batch, self.self_attn.kv_heads, max_length, self.self_attn.head_dim, device, dtype)
+    def new_cache(self, size: CacheSize) -> KVCache:
+        """An empty cache."""
+        return self.self_attn.kv.new_cache(size)
 
 
-class Qwen3(CausalLM):
+class AttentionLM(CausalLM):
+    """A decoder whose layers are `Layer`s: plain norms, rotary positions over the whole head.  A family says `build_layer`."""
+
+    def build_layer(self, architecture: Any, build: LayerBuilder, index: int) -> Layer:
+        """Layer `index`."""
+        raise NotImplementedError
+
+    def build_trunk(self, architecture: AttentionArchitecture, build: LayerBuilder) -> Trunk:
+        """All layers."""
+        a = architecture
+        layers = [self.build_layer(a, build, i) for i in range(a.num_hidden_layers)]
+        rope = Rope(a.rope_theta, a.rope_scaling, a.head_dim, build.device)
+        return Trunk(a, build, layers, ("norm", RMSNorm(a.hidden_size, a.rms_norm_eps)), {"default": rope})
+
+
+class Qwen3(AttentionLM):
     """Qwen3 dense."""
 
     architecture_type = Qwen3Architecture
 
-    def build_trunk(self, architecture: Qwen3Architecture, build: LayerBuilder) -> Trunk:
-        """Layers of full or sliding attention, plain norms, rotary positions over the whole head."""
-        a = architecture
-        layers = [Layer(a, build, i) for i in range(a.num_hidden_layers)]
-        return Trunk(a, build, layers, RMSNorm(a.hidden_size, a.rms_norm_eps), a.head_dim)
+    def build_layer(self, architecture: Qwen3Architecture, build: LayerBuilder, index: int) -> Layer:
+        """Normalised attention and a gated MLP."""
+        a, name = architecture, f"model.layers.{index}"
+        attention = Attention(a, build, f"{name}.self_attn", index)
+        return Layer(a, attention, GatedMLP(build, f"{name}.mlp", a.hidden_size, a.intermediate_size))

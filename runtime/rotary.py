@@ -1,53 +1,34 @@
-"""Softmax attention: rotary positions, the key-value cache, and the product itself.
-
-B batch, T new tokens, S tokens seen so far including the new ones, D head size, Nq / Nkv query and KV heads.
-"""
+"""Rotary positions.  B batch, T new tokens, D head size.  The cache and the product are in `state.py`."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from runtime.architecture import Architecture, refused
-
-
-@dataclass(frozen=True, slots=True)
-class Positions:
-    """Where the new tokens stand: position of the first, and cosine and sine of each, `[T, rotary_dim / 2]`."""
-
-    start: int
-    cos: Tensor
-    sin: Tensor
-
-    def rotate(self, x: Tensor) -> Tensor:
-        """Turn the first `rotary_dim` elements of each head, in halves: `[B, heads, T, D]` to the same."""
-        half = self.cos.shape[-1]
-        a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
-        return torch.cat([a * self.cos - b * self.sin, b * self.cos + a * self.sin, rest], -1)
+from runtime.architecture import refused
 
 
 class Rope(nn.Module):
-    """Cosines and sines of positions, computed in float32.  Holds nothing that is stored in a checkpoint."""
+    """Cosines and sines of positions, computed in float32.  Holds nothing that is stored in a checkpoint.
+
+    `scaling`: null, or an object with `rope_type` and the fields that transformers defines for it.
+    """
 
     inv_freq: Tensor
 
-    def __init__(self, architecture: Architecture, rotary_dim: int, device: torch.device) -> None:
+    def __init__(self, theta: float, scaling: Mapping[str, Any] | None, rotary_dim: int, device: torch.device) -> None:
         super().__init__()
-        inv_freq, self.amplitude = rope_frequencies(architecture, rotary_dim)
+        inv_freq, self.amplitude = rope_frequencies(theta, scaling, rotary_dim)
         self.register_buffer("inv_freq", inv_freq.to(device), persistent=False)
 
-    def forward(self, start: int, length: int, dtype: torch.dtype) -> Positions:
-        """Positions `start` to `start + length - 1`, rounded to `dtype`."""
-        positions = torch.arange(start, start + length, device=self.inv_freq.device, dtype=torch.float32)
-        angles = positions.unsqueeze(-1) * self.inv_freq
-        cos, sin = angles.cos() * self.amplitude, angles.sin() * self.amplitude
-        return Positions(start, cos.to(dtype), sin.to(dtype))
+    def forward(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Cosine and sine of int64 `[B, T]`, each `[B, 1, T, rotary_dim / 2]` in `dtype`."""
+        angles = positions.unsqueeze(1).unsqueeze(-1) * self.inv_freq
+        return (angles.cos() * self.amplitude).to(dtype), (angles.sin() * self.amplitude).to(dtype)
 
 
 # Scaling kinds: the fields that each needs, and those that it may have.
@@ -67,13 +48,13 @@ _ROPE_FIELDS: Mapping[str, tuple[frozenset[str], frozenset[str]]] = {
 _ROPE_IGNORED = frozenset({"rope_type", "mrope_section", "mrope_interleaved"})
 
 
-def rope_frequencies(architecture: Architecture, rotary_dim: int) -> tuple[Tensor, float]:
+def rope_frequencies(theta: float, scaling: Mapping[str, Any] | None, rotary_dim: int) -> tuple[Tensor, float]:
     """Inverse frequencies, float32 `[rotary_dim / 2]` on the CPU, and the factor that multiplies cosines and sines.
 
     Raises `FormatError` for a kind of scaling or a field of it that this runtime does not know.
     Source: transformers 5.23 `modeling_rope_utils.py`; YaRN (arXiv 2309.00071).
     """
-    scaling: Mapping[str, Any] = architecture.rope_scaling or {"rope_type": "default"}
+    scaling = scaling or {"rope_type": "default"}
     kind = str(scaling.get("rope_type"))
     if kind not in _ROPE_FIELDS:
         raise refused("rope_scaling.rope_type", f"one of {', '.join(_ROPE_FIELDS)}", kind)
@@ -83,13 +64,13 @@ def rope_frequencies(architecture: Architecture, rotary_dim: int) -> tuple[Tenso
         raise refused("rope_scaling", f"the fields {', '.join(sorted(needed)) or 'none'} of {kind}", sorted(fields))
 
     exponents = torch.arange(0, rotary_dim, 2, dtype=torch.float32, device="cpu") / rotary_dim
-    inv_freq = 1.0 / (architecture.rope_theta**exponents)
+    inv_freq = 1.0 / (theta**exponents)
     if kind == "linear":
         return inv_freq / fields["factor"], 1.0
     if kind == "llama3":
         return _llama3(inv_freq, fields), 1.0
     if kind == "yarn":
-        return _yarn(inv_freq, fields, architecture.rope_theta, rotary_dim)
+        return _yarn(inv_freq, fields, theta, rotary_dim)
     return inv_freq, 1.0
 
 
@@ -124,42 +105,6 @@ def _yarn(inv_freq: Tensor, fields: Mapping[str, Any], theta: float, rotary_dim:
     return inv_freq / factor * ramp + inv_freq * (1 - ramp), float(amplitude)
 
 
-class KVCache:
-    """Keys and values of one attention layer, `[B, Nkv, max_length, D]` each, allocated once."""
-
-    def __init__(
-        self, batch: int, heads: int, max_length: int, head_dim: int, device: torch.device, dtype: torch.dtype
-    ) -> None:
-        shape = (batch, heads, max_length, head_dim)
-        self.k = torch.zeros(shape, device=device, dtype=dtype)
-        self.v = torch.zeros(shape, device=device, dtype=dtype)
-
-    def append(self, k: Tensor, v: Tensor, start: int) -> tuple[Tensor, Tensor]:
-        """Store `[B, Nkv, T, D]` from position `start` on; return all positions up to the last, as views."""
-        end = start + k.shape[2]
-        self.k[:, :, start:end] = k
-        self.v[:, :, start:end] = v
-        return self.k[:, :, :end], self.v[:, :, :end]
-
-
 def split_heads(x: Tensor, head_dim: int) -> Tensor:
     """`[B, T, heads * D]` to `[B, heads, T, D]`."""
     return x.unflatten(-1, (-1, head_dim)).transpose(1, 2)
-
-
-def causal_attention(q: Tensor, k: Tensor, v: Tensor, start: int, window: int | None = None) -> Tensor:
-    """Attention of the T tokens from position `start` on over all S = start + T positions.
-
-    `q` `[B, Nq, T, D]`, `k`, `v` `[B, Nkv, S, D]`; returns `[B, Nq, T, D]` in the dtype of `q`.  `window`: a key is
-    visible when the query is less than this many positions after it.
-    """
-    T, S = q.shape[2], k.shape[2]
-    if window is None or window > S:
-        window = S  # hides nothing
-    mask = None
-    if window < S or (T > 1 and start > 0):
-        distance = torch.arange(start, S, device=q.device).unsqueeze(-1) - torch.arange(S, device=q.device)
-        mask = (distance >= 0) & (distance < window)
-    return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=mask is None and T > 1, enable_gqa=q.shape[1] != k.shape[1]
-    )

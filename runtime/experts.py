@@ -1,0 +1,94 @@
+"""Mixtures of experts: stacks of linears, and the loop that sends each token to its experts.
+
+E experts, k of them for each token, T tokens, H hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from runtime.layers import Linear
+
+if TYPE_CHECKING:
+    from runtime.builder import LayerBuilder
+
+
+class ExpertLinears(nn.Module):
+    """E linears of one shape and scheme; each stored tensor has the experts as its first axis."""
+
+    def __init__(self, count: int, make: Callable[[], Linear]) -> None:
+        super().__init__()
+        self._make = make
+        self._experts: dict[int, Linear] = {}
+        for name, one in make().named_parameters():
+            stack = torch.empty(count, *one.shape, dtype=one.dtype, device=one.device)
+            self.register_parameter(name, nn.Parameter(stack, requires_grad=False))
+
+    def expert(self, index: int) -> Linear:
+        """One of the linears: views of the stacks.  Made when first asked for, and kept."""
+        if index not in self._experts:
+            with torch.device("meta"):
+                layer = self._make()
+            for name, stack in self.named_parameters():
+                setattr(layer, name, nn.Parameter(stack[index], requires_grad=False))
+            self._experts[index] = layer
+        return self._experts[index]
+
+
+@dataclass(frozen=True)
+class ExpertProjections:
+    """Several projections of each expert: a fused stack, or one stack per projection.  Holds no parameters of its own."""
+
+    stacks: tuple[ExpertLinears, ...]
+    sizes: tuple[int, ...]
+
+    def __call__(self, expert: int, x: Tensor) -> tuple[Tensor, ...]:
+        """`[T, K]` to one `[T, size]` per projection, in their order."""
+        if len(self.stacks) == 1:
+            return self.stacks[0].expert(expert)(x).split(self.sizes, -1)
+        return tuple(stack.expert(expert)(x) for stack in self.stacks)
+
+
+class Experts(nn.Module):
+    """`sum over its k experts e of weight_e * down_e(activation(gate_e(x), up_e(x)))` for each token.
+
+    `count`: E.  `inner`: rows of each gate and up.  Without `gated` there is no gate: `activation(up_e(x))`.
+    """
+
+    def __init__(
+        self,
+        build: LayerBuilder,
+        name: str,
+        count: int,
+        inner: int,
+        hidden: int,
+        activation: Callable[..., Tensor],
+        gated: bool = True,
+    ) -> None:
+        super().__init__()
+        parts = {"gate_proj": (inner,), "up_proj": (inner,)} if gated else {"up_proj": (inner,)}
+        self.first = build.expert_projections(self, f"{name}.{'gate_up_proj' if gated else 'up_proj'}", parts, hidden, count)
+        self.down_proj = build.expert_linears(f"{name}.down_proj", hidden, inner, count)
+        self.activation = activation
+
+    def forward(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+        """`x` `[T, H]`, `chosen` int64 `[T, k]`, `weights` `[T, k]`; returns `[T, H]` in the dtype of `x`.
+
+        Experts run one after another on the tokens that chose them; sums are in float32.
+        """
+        order = chosen.flatten().argsort(stable=True)
+        tokens, share = order // chosen.shape[1], weights.flatten()[order].float()
+        y = torch.zeros(x.shape, device=x.device, dtype=torch.float32)
+        start = 0
+        for expert, count in enumerate(chosen.flatten().bincount().tolist()):
+            if count:
+                rows = slice(start, start + count)
+                out = self.down_proj.expert(expert)(self.activation(*self.first(expert, x[tokens[rows]])))
+                y.index_add_(0, tokens[rows], out.float() * share[rows].unsqueeze(-1))
+                start += count
+        return y.to(x.dtype)

@@ -1,0 +1,293 @@
+"""What a sequence leaves behind between calls: keys and values, convolution inputs, recurrent states.
+
+B sequences of different lengths advance together.  Each row of a call holds T tokens of which the first `counts[b]` are
+real; the rest only fill the rectangle: they leave no trace.  Every cache is allocated once and updated in place.
+
+S tokens that a cache can hold, D head size, Nq / Nkv query and KV heads, W width of a convolution.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from runtime.format import FP8_MAX
+
+
+@dataclass(frozen=True, slots=True)
+class CacheSize:
+    """How much room a cache needs.
+
+    `draft`: how many of the last call's tokens may be taken back, when that call had at most `draft + 1`.
+    `dtype`: of the arithmetic.
+    """
+
+    batch: int
+    max_length: int
+    draft: int
+    device: torch.device
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """Where the tokens of one call stand.
+
+    starts      tokens that each sequence had before
+    counts      how many of the T columns are real, row by row
+    positions   int64 `[B, T]`: place of each token in its sequence
+    real        bool `[B, T]`, or None when all are
+    reversible  whether some of these tokens may be taken back
+    turns       kind of layer -> cosine and sine, `[B, 1, T, rotary_dim / 2]` or broadcast over B
+    """
+
+    starts: tuple[int, ...]
+    counts: tuple[int, ...]
+    positions: Tensor
+    real: Tensor | None
+    reversible: bool = False
+    turns: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    @property
+    def length(self) -> int:
+        """T."""
+        return self.positions.shape[1]
+
+    @property
+    def together(self) -> bool:
+        """Whether all sequences stand at the same place."""
+        return len(set(self.starts)) == 1
+
+    def rotate(self, x: Tensor, kind: str = "default") -> Tensor:
+        """Turn the first `rotary_dim` elements of each head, in halves: `[B, heads, T, D]` to the same."""
+        cos, sin = self.turns[kind]
+        half = cos.shape[-1]
+        a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+        return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], -1)
+
+    def silence(self, x: Tensor) -> Tensor:
+        """Zeros in the place of what belongs to no real token: `[B, T, ...]`."""
+        return x if self.real is None else x * self.real.view(*self.real.shape, *[1] * (x.ndim - 2))
+
+
+class Cache(Protocol):
+    """What one layer remembers."""
+
+    def keep(self, counts: Sequence[int]) -> None:
+        """Of the last call's tokens keep the first `counts[b]`; the others never happened."""
+
+
+@dataclass
+class State:
+    """Caches of all layers, and how many tokens each sequence has.  A call updates it in place."""
+
+    caches: list[Cache | None]  # None: a layer that remembers nothing
+    size: CacheSize
+    lengths: list[int]
+
+    @property
+    def max_length(self) -> int:
+        """Tokens that a sequence may have."""
+        return self.size.max_length
+
+    def place(self, length: int, counts: Sequence[int] | None) -> Tokens:
+        """The places of `length` new columns, of which the first `counts[b]` are real (all, when None)."""
+        starts = tuple(self.lengths)
+        columns = torch.arange(length, device=self.size.device)
+        if len(set(starts)) == 1:
+            positions = (columns + starts[0]).expand(len(starts), -1)
+        else:
+            positions = columns + torch.tensor(starts, device=self.size.device).unsqueeze(-1)
+        real = None
+        if counts is not None and any(count != length for count in counts):
+            real = columns < torch.tensor(tuple(counts), device=self.size.device).unsqueeze(-1)
+        else:
+            counts = (length,) * len(starts)
+        return Tokens(starts, tuple(counts), positions, real, 0 < length <= self.size.draft + 1 and self.size.draft > 0)
+
+    def advance(self, counts: Sequence[int]) -> None:
+        """Count the tokens of a call that is over."""
+        self.lengths = [length + count for length, count in zip(self.lengths, counts, strict=True)]
+
+    def keep(self, counted: Sequence[int], counts: Sequence[int]) -> None:
+        """Take tokens back: of the last call's `counted[b]` tokens keep the first `counts[b]`.
+
+        The call must have had at most `size.draft + 1` columns.
+        """
+        self.lengths = [n - was + now for n, was, now in zip(self.lengths, counted, counts, strict=True)]
+        for cache in self.caches:
+            if cache is not None:
+                cache.keep(counts)
+
+
+@dataclass(frozen=True)
+class KVFormat:
+    """How an attention layer stores its keys and values.
+
+    `owner`: the module with `k_scale` and `v_scale`, F32 `[1]` or `[Nkv]`, when they are kept as E4M3 codes; None keeps
+    them in the dtype of the arithmetic.  `window`: a key is visible to the queries less than this many positions after it.
+    Source: nvidia-modelopt 0.47 quantises K after the rotary embedding and V as they enter attention.
+    """
+
+    heads: int
+    head_dim: int
+    window: int | None = None
+    owner: nn.Module | None = None
+
+    def new_cache(self, size: CacheSize) -> KVCache:
+        """An empty cache; one with a window that is shorter than the sequence holds the window only."""
+        if self.window is None or self.window >= size.max_length:
+            return KVCache(self, size, size.max_length)
+        return WindowCache(self, size, min(self.window + size.draft, size.max_length), self.window)
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """The dtype of what is kept; None: that of the arithmetic."""
+        return None if self.owner is None else torch.float8_e4m3fn
+
+    def encode(self, x: Tensor, role: str) -> Tensor:
+        """`[B, T, Nkv, D]` to what is kept.  `role`: "k_scale" or "v_scale"."""
+        if self.owner is None:
+            return x
+        scale = self.owner.get_parameter(role).unsqueeze(-1)
+        return (x.float() / scale).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
+
+    def decode(self, kept: Tensor, role: str, dtype: torch.dtype) -> Tensor:
+        """The inverse of `encode`, in `dtype`."""
+        if self.owner is None:
+            return kept
+        return (kept.float() * self.owner.get_parameter(role).unsqueeze(-1)).to(dtype)
+
+
+class KVCache:
+    """Keys and values of one attention layer, `[B, S + 1, Nkv, D]` each; the last column takes what fills rectangles."""
+
+    def __init__(self, kind: KVFormat, size: CacheSize, columns: int) -> None:
+        shape = (size.batch, columns + 1, kind.heads, kind.head_dim)
+        dtype = kind.dtype or size.dtype
+        self.format = kind
+        self.k = torch.zeros(shape, device=size.device, dtype=dtype)
+        self.v = torch.zeros(shape, device=size.device, dtype=dtype)
+        self.spare = columns
+        self._rows = torch.arange(size.batch, device=size.device).unsqueeze(-1)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, at: Tokens) -> Tensor:
+        """Remember the new keys and values, and attend to all up to each query.
+
+        `q` `[B, Nq, T, D]`, `k`, `v` `[B, Nkv, T, D]`; returns `[B, Nq, T, D]` in the dtype of `q`.
+        """
+        self._store(k, v, at, at.positions)
+        end = min(max(at.starts) + at.length, self.spare)
+        k, v = self._load(self.k[:, :end], self.v[:, :end], q.dtype)
+        if at.together and (at.length == 1 or at.starts[0] == 0):
+            return _attention(q, k, v, None, causal=at.length > 1)
+        return _attention(q, k, v, torch.arange(end, device=q.device) <= at.positions.unsqueeze(-1))
+
+    def keep(self, counts: Sequence[int]) -> None:
+        """Nothing to do: what lies after a sequence's end is never seen, and overwritten by what comes there."""
+
+    def _store(self, k: Tensor, v: Tensor, at: Tokens, columns: Tensor) -> None:
+        """Write `[B, Nkv, T, D]` to `columns`, int64 `[B, T]`."""
+        if at.real is not None:
+            columns = columns.where(at.real, self.spare)
+        self.k[self._rows, columns] = self.format.encode(k.transpose(1, 2), "k_scale")
+        self.v[self._rows, columns] = self.format.encode(v.transpose(1, 2), "v_scale")
+
+    def _load(self, k: Tensor, v: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Kept `[B, S, Nkv, D]` as `[B, Nkv, S, D]` in `dtype`."""
+        return (
+            self.format.decode(k, "k_scale", dtype).transpose(1, 2),
+            self.format.decode(v, "v_scale", dtype).transpose(1, 2),
+        )
+
+
+class WindowCache(KVCache):
+    """The last keys and values only: a ring of S columns, in which position p has column p modulo S."""
+
+    def __init__(self, kind: KVFormat, size: CacheSize, columns: int, window: int) -> None:
+        super().__init__(kind, size, columns)
+        self.window = window
+        self.held = torch.full((size.batch, columns + 1), -1, device=size.device)  # position in each column; -1: none
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, at: Tokens) -> Tensor:
+        """As `KVCache.attend`, over the window: first what the ring holds, then the new tokens."""
+        held = self.held[:, : self.spare]
+        start = at.positions[:, :1]
+        old_k, old_v = self._load(self.k[:, : self.spare], self.v[:, : self.spare], q.dtype)
+        kept_k, kept_v = self.format.encode(k.transpose(1, 2), "k_scale"), self.format.encode(v.transpose(1, 2), "v_scale")
+        new_k, new_v = self._load(kept_k, kept_v, q.dtype)
+        query = at.positions.unsqueeze(-1)  # (B, T, 1)
+        seen = ((held >= 0) & (held < start)).unsqueeze(1) & (held.unsqueeze(1) > query - self.window)
+        distance = query - at.positions.unsqueeze(1)
+        mask = torch.cat([seen, (distance >= 0) & (distance < self.window)], -1)
+        y = _attention(q, torch.cat([old_k, new_k], 2), torch.cat([old_v, new_v], 2), mask)
+
+        columns = at.positions % self.spare
+        ends = torch.tensor(at.starts, device=q.device) + torch.tensor(at.counts, device=q.device)
+        columns = columns.where(at.positions >= ends.unsqueeze(-1) - self.spare, self.spare)  # what the ring has room for
+        self._store(k, v, at, columns)
+        if at.real is not None:
+            columns = columns.where(at.real, self.spare)
+        self.held[self._rows, columns] = at.positions
+        return y
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool = False) -> Tensor:
+    """`mask`: bool `[B, T, S]`, true where a key is visible."""
+    mask = None if mask is None else mask.unsqueeze(1)
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1]
+    )
+
+
+class RecurrentCache:
+    """A convolution's last inputs, `[B, channels, W - 1]` in the dtype of the arithmetic, and a float32 state `[B, ...]`."""
+
+    def __init__(self, size: CacheSize, channels: int, width: int, state: tuple[int, ...]) -> None:
+        self.conv = torch.zeros(size.batch, channels, width - 1, device=size.device, dtype=size.dtype)
+        self.state = torch.zeros(size.batch, *state, device=size.device, dtype=torch.float32)
+        self._inputs: Tensor | None = None  # of the last reversible call: history and new inputs
+        self._states: list[Tensor] = []  # before it, and after each of its tokens
+
+    def before(self, x: Tensor, at: Tokens) -> Tensor:
+        """Inputs of a convolution over time, `[B, T, channels]`, behind those it remembers: `[B, channels, W - 1 + T]`."""
+        seen = torch.cat([self.conv, x.transpose(1, 2)], -1)
+        self._inputs = seen if at.reversible else None
+        self._remember(seen, at.counts)
+        return seen
+
+    def scan(self, run: Callable[..., Tensor], inputs: Sequence[Tensor], at: Tokens) -> Tensor:
+        """`run(*inputs, state)` over `[B, heads, T, ...]`, which updates the state in place; returns its output.
+
+        Tokens that may be taken back are run one at a time, and the state after each is kept until the next call.
+        """
+        if not at.reversible:
+            self._states = []
+            return run(*inputs, self.state)
+        outputs, self._states = [], [self.state.clone()]
+        for t in range(at.length):
+            outputs.append(run(*(x[:, :, t : t + 1] for x in inputs), self.state))
+            self._states.append(self.state.clone())
+        return torch.cat(outputs, 2)
+
+    def keep(self, counts: Sequence[int]) -> None:
+        """Go back to where each sequence was after `counts[b]` tokens of the last call, which must have been reversible."""
+        assert self._inputs is not None
+        assert self._states
+        self._remember(self._inputs, counts)
+        for row, count in enumerate(counts):
+            self.state[row] = self._states[count][row]
+
+    def _remember(self, seen: Tensor, counts: Sequence[int]) -> None:
+        """The `W - 1` inputs before the one that comes after `counts[b]` new ones."""
+        width = self.conv.shape[-1]
+        if len(set(counts)) == 1:
+            self.conv.copy_(seen[..., counts[0] : counts[0] + width])
+        else:
+            columns = torch.tensor(counts, device=seen.device).view(-1, 1, 1) + torch.arange(width, device=seen.device)
+            self.conv.copy_(seen.gather(-1, columns.expand_as(self.conv)))
