@@ -11,7 +11,7 @@ from .base import Field, Item, Parameter, fused, linear
 from .qwen3 import HEAD, INPUT_NORM, POST_NORM, trunk
 
 FIELDS = (
-    *(replace(f, default=None) if f.name == "head_dim" else f for f in qwen3.DECODER_FIELDS),
+    *(replace(f, default=None) if f.name in ("head_dim", "num_key_value_heads") else f for f in qwen3.DECODER_FIELDS),
     Field("mlp_bias", ("mlp_bias",), default=False, kind=bool),
 )
 
@@ -33,7 +33,10 @@ LAYER: tuple[Item, ...] = (
 )  # fmt: skip
 
 
-def _finish(architecture: dict[str, Any], config: Mapping[str, Any]) -> None:
+def finish(architecture: dict[str, Any], config: Mapping[str, Any]) -> None:
+    """Fill in what old configs leave out, then what all decoders share."""
+    if architecture["num_key_value_heads"] is None:  # before grouped queries
+        architecture["num_key_value_heads"] = architecture["num_attention_heads"]
     if architecture["head_dim"] is None:
         architecture["head_dim"] = architecture["hidden_size"] // max(1, architecture["num_attention_heads"])
     qwen3.finish_attention(architecture, config, config)
@@ -44,7 +47,7 @@ FAMILY = replace(
     name="llama",
     model_types=("llama",),
     fields=FIELDS,
-    finish=_finish,
+    finish=finish,
     parts=(
         trunk({"full_attention": LAYER, "sliding_attention": LAYER}, "layer_types"),
         HEAD,

@@ -107,14 +107,14 @@ def normalise_decoder(architecture: dict[str, Any], config: Mapping[str, Any], l
 
 def finish_attention(architecture: dict[str, Any], config: Mapping[str, Any], text: Mapping[str, Any]) -> None:
     """Layer types and window of attention, from the text config; then what all decoders share."""
-    sliding = text.get("use_sliding_window")
+    window = text.get("sliding_window", 4096) if text.get("use_sliding_window") else None
     if architecture["layer_types"] is None:
-        first = text.get("max_window_layers") if sliding else None
+        first = text.get("max_window_layers", 28) if window is not None else None
         count = architecture["num_hidden_layers"]
         architecture["layer_types"] = [
             "sliding_attention" if first is not None and i >= first else "full_attention" for i in range(count)
         ]
-    architecture["sliding_window"] = text.get("sliding_window") if sliding else None
+    architecture["sliding_window"] = window
     normalise_decoder(architecture, config, ("full_attention", "sliding_attention"))
 
 
