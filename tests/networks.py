@@ -162,13 +162,19 @@ class Network:
         return [n.name.removesuffix(".q_proj") for n in self.linears if n.name.endswith(".q_proj") and n.name[:6] == "model."]
 
 
-def attention(net: Network, name: str, s: Sizes, *, gated: bool = False, bias: bool = False, norms: bool = True) -> None:
-    """Query, key, value and output projections; `gated`: each head of q has as many rows of output gate."""
+def attention(
+    net: Network, name: str, s: Sizes, *, gated: bool = False, bias: bool = False, out_bias: bool | None = None,
+    norms: bool = True,
+) -> None:  # fmt: skip
+    """Query, key, value and output projections.
+
+    `gated`: each head of q has as many rows of output gate; `out_bias`: whether `o_proj` has a bias, when not as the others.
+    """
     q, kv = s.heads * s.head_dim, s.kv_heads * s.head_dim
     net.linear(f"{name}.q_proj", q * (2 if gated else 1), s.hidden, "q", bias)
     net.linear(f"{name}.k_proj", kv, s.hidden, "k", bias)
     net.linear(f"{name}.v_proj", kv, s.hidden, "v", bias)
-    net.linear(f"{name}.o_proj", s.hidden, q, bias=bias)
+    net.linear(f"{name}.o_proj", s.hidden, q, bias=bias if out_bias is None else out_bias)
     if norms:
         net.vectors(name, s.head_dim, "q_norm", "k_norm")
 

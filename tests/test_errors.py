@@ -808,7 +808,7 @@ PRODUCERS = [
             file="config.json",
             words=(kind, "model_type"),
         )
-        for kind in ("qwen3_next", "mistral", "gpt_oss", "model_of_tomorrow")
+        for kind in ("qwen3_next", "gpt2", "gpt_oss", "model_of_tomorrow")
     ),
     Case("no-model_type", DENSE, config(lambda c: c.pop("model_type")), file="config.json", words=("model_type",)),
     Case(
