@@ -846,6 +846,8 @@ def test_export_bfloat16_ties(tmp_path: Path) -> None:
         Row("qwen3_5_moe", "modelopt", "mixed"),
         Row("qwen3_5_moe_vlm", "compressed-tensors", "nvfp4"),
         Row("llama", "modelopt", "fp8"),
+        Row("mistral", "modelopt", "fp8"),
+        Row("qwen2", "modelopt", "nvfp4"),
     ],
     ids=lambda row: row.id,
 )
