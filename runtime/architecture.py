@@ -16,7 +16,12 @@ A = TypeVar("A", bound="Architecture")
 
 @dataclass(frozen=True)
 class Architecture:
-    """The fields that every family has; docs/format.md lists them."""
+    """The fields that every family has; docs/format.md lists them.
+
+    `may_be_zero` of a subclass: counts and sizes of what a network of the family may lack.
+    """
+
+    may_be_zero: ClassVar[frozenset[str]] = frozenset()
 
     vocab_size: int
     hidden_size: int
@@ -36,7 +41,7 @@ class Architecture:
         for name in (f.name for f in dataclasses.fields(self)):
             value = getattr(self, name)
             counts = name.startswith(("num_", "linear_")) or name.endswith(("_size", "_dim", "_embeddings"))
-            if counts and isinstance(value, int) and value < 1:
+            if counts and isinstance(value, int) and value < (0 if name in self.may_be_zero else 1):
                 raise refused(name, "a number above 0", value)
         if self.num_attention_heads % self.num_key_value_heads:
             raise refused("num_attention_heads", f"a multiple of {self.num_key_value_heads} KV heads", self.num_attention_heads)

@@ -1,6 +1,7 @@
-"""RMS normalisation, in the three forms that differ in where they round.  All compute in float32.
+"""RMS normalisation, in the forms that differ in where they round.  All compute in float32.
 
-Rounding order from transformers 5.23: `Qwen3RMSNorm`, `Qwen3_5RMSNorm`, `Qwen3_5RMSNormGated`.
+Rounding order from transformers 5.23: `Qwen3RMSNorm`, `Qwen3_5RMSNorm`, `Qwen3_5RMSNormGated`, `NemotronHRMSNorm`,
+`NemotronHRMSNormGated`.
 """
 
 from __future__ import annotations
@@ -32,6 +33,14 @@ class RMSNorm(nn.Module):
         return (self.weight * _normalized(x, self.eps).to(x.dtype)).to(x.dtype)
 
 
+class LateRoundingRMSNorm(RMSNorm):
+    """`x / rms(x) * weight`, rounded once."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Keeps shape and dtype."""
+        return (_normalized(x, self.eps) * self.weight.float()).to(x.dtype)
+
+
 class ZeroCenteredRMSNorm(RMSNorm):
     """`x / rms(x) * (1 + weight)`, rounded once."""
 
@@ -51,3 +60,17 @@ class GatedRMSNorm(RMSNorm):
         """`x`, `gate`: `[..., size]`; keeps shape and dtype of `x`."""
         normalized = self.weight * _normalized(x, self.eps).to(x.dtype)
         return (normalized * self.activation(gate.float())).to(x.dtype)
+
+
+class GroupedRMSNorm(RMSNorm):
+    """`x * silu(gate)`, each of `groups` equal parts of it divided by its own rms, times `weight`; rounded once."""
+
+    def __init__(self, size: int, eps: float, groups: int) -> None:
+        super().__init__(size, eps)
+        self.groups = groups
+
+    def forward(self, x: Tensor, gate: Tensor) -> Tensor:  # type: ignore[override]
+        """`x` of any float dtype, `gate`: `[..., size]`; keeps the shape, in the dtype of `gate`."""
+        gated = x.float() * F.silu(gate.float())
+        normalized = _normalized(gated.unflatten(-1, (self.groups, -1)), self.eps).flatten(-2)
+        return (normalized * self.weight.float()).to(gate.dtype)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from runtime.models.base import CausalLM
 from runtime.models.llama import Llama
+from runtime.models.nemotron_h import NemotronH
 from runtime.models.qwen3 import Qwen3
 from runtime.models.qwen3_5 import Qwen3_5
 from runtime.models.qwen3_5_moe import Qwen3_5Moe
@@ -13,6 +14,7 @@ from runtime.models.qwen3_moe import Qwen3Moe
 
 FAMILIES: Mapping[str, type[CausalLM]] = {
     "llama": Llama,
+    "nemotron_h": NemotronH,
     "qwen3": Qwen3,
     "qwen3_5": Qwen3_5,
     "qwen3_5_moe": Qwen3_5Moe,
