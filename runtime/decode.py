@@ -2,107 +2,180 @@
 
 from __future__ import annotations
 
+import random
 import sys
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from runtime.models.base import CausalLM
+from runtime.sampling import Sampling
+from runtime.state import State
+
+PREFILL_TOKENS = 2048  # tokens of all sequences that go through the model in one call
+
+
+class Drawn(NamedTuple):
+    """A token and, when asked for, its log-probability and the most likely ones at its place, best first.
+
+    Natural logarithms, of the model's own distribution: before penalty, temperature and filters.
+    """
+
+    token: int
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
 
 
 def generate_tokens(
     model: CausalLM,
-    input_ids: Tensor,
+    input_ids: Tensor | Sequence[Tensor],
     max_new_tokens: int = 128,
     temperature: float = 0.0,
     top_p: float = 1.0,
     top_k: int = 0,
     seed: int | None = None,
     eos_ids: Collection[int] = (),
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
 ) -> Iterator[int | tuple[int, ...]]:
-    """Continue `input_ids`, int64 `[B, T]` or `[T]`, and yield token ids as they come.
+    """Continue `input_ids` and yield token ids as they come.
 
-    For one sequence yields `int`s and stops after one of `eos_ids`, which is yielded too.  For B > 1 yields tuples of B
-    ids and stops when every sequence has ended; one that has ended repeats its last id.  Stops in any case after
-    `max_new_tokens`, or when the model's `max_position_embeddings` are used up.
+    `input_ids`: int64 `[T]` or `[B, T]`, or a list of int64 `[T]` of any lengths.  For one sequence yields `int`s and
+    stops after one of `eos_ids`, which is yielded too.  For B > 1 yields tuples of B ids and stops when every sequence
+    has ended; one that has ended repeats its last id.  A sequence ends in any case after `max_new_tokens`, or when the
+    model's `max_position_embeddings` are used up.
 
-    `temperature`: 0 takes the most likely token; otherwise logits are divided by it, then only the `top_k` most likely
-    (0: all) and of these the fewest whose probabilities reach `top_p` are drawn from.  `seed`: the same seed, prompt and
-    device give the same tokens; None draws anew.
+    The other arguments are those of `Sampling`.  Sequence b is drawn with `seed + b`, whatever else is in the batch.
 
     Raises `ValueError`, before anything is computed, for arguments out of range and for ids outside the vocabulary.
-    Memory: the prompt's activations, and a state of B * (T + max_new_tokens) tokens.
+    Memory: the activations of `PREFILL_TOKENS` tokens, and a state of B * (longest T + max_new_tokens) tokens.
     """
-    ids = input_ids.unsqueeze(0) if input_ids.ndim == 1 else input_ids
-    _check(model, ids, max_new_tokens, temperature, top_p, top_k)
-    return _generate(model, ids, max_new_tokens, temperature, top_p, top_k, seed, frozenset(eos_ids))
+    sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
+    prompts = [input_ids] if isinstance(input_ids, Tensor) and input_ids.ndim < 2 else list(input_ids)
+    return _repeating(Decoding(model, prompts, sampling, max_new_tokens, eos_ids))
 
 
-def _check(model: CausalLM, ids: Tensor, max_new_tokens: int, temperature: float, top_p: float, top_k: int) -> None:
-    vocabulary, positions = model.architecture.vocab_size, model.architecture.max_position_embeddings or sys.maxsize
-    if ids.ndim != 2 or ids.numel() == 0 or ids.dtype != torch.int64:
-        raise ValueError(f"input_ids: expected int64 with at least one token per sequence, found {ids.dtype} {list(ids.shape)}")
-    if int(ids.min()) < 0 or int(ids.max()) >= vocabulary:
-        wrong = ids[(ids < 0) | (ids >= vocabulary)][0]
-        raise ValueError(f"input_ids: expected ids from 0 to {vocabulary - 1}, found {int(wrong)}")
-    if ids.shape[1] >= positions:
-        raise ValueError(f"input_ids: expected fewer than {positions} tokens, found {ids.shape[1]}")
-    if max_new_tokens < 0:
-        raise ValueError(f"max_new_tokens: expected 0 or more, found {max_new_tokens}")
-    if not 0 <= temperature < float("inf"):
-        raise ValueError(f"temperature: expected 0 or more, found {temperature}")
-    if not 0 < top_p <= 1:
-        raise ValueError(f"top_p: expected a number above 0 and up to 1, found {top_p}")
-    if top_k < 0:
-        raise ValueError(f"top_k: expected 0 or more, found {top_k}")
+def _repeating(decoding: Decoding) -> Iterator[int | tuple[int, ...]]:
+    last: list[int] = []
+    for step in decoding:
+        last = [drawn.token if drawn else last[row] for row, drawn in enumerate(step)]
+        yield last[0] if len(last) == 1 else tuple(last)
 
 
-def _generate(
-    model: CausalLM,
-    ids: Tensor,
-    max_new_tokens: int,
-    temperature: float,
-    top_p: float,
-    top_k: int,
-    seed: int | None,
-    eos_ids: frozenset[int],
-) -> Iterator[int | tuple[int, ...]]:
-    batch, length = ids.shape
-    count = min(max_new_tokens, (model.architecture.max_position_embeddings or sys.maxsize) - length)
-    if count == 0:
-        return
-    generator = torch.Generator(device=model.device)
-    if seed is None:
-        generator.seed()
-    else:
-        generator.manual_seed(seed)
-    state = model.new_state(batch, length + count)
-    inputs = ids
-    ended: list[int | None] = [None] * batch
-    for _ in range(count):
-        logits = model(inputs, state, last_only=True)[:, -1]
-        drawn = sample(logits, temperature, top_p, top_k, generator).tolist()
-        tokens = [end if end is not None else token for end, token in zip(ended, drawn, strict=True)]
-        ended = [token if token in eos_ids else None for token in tokens]
-        yield tokens[0] if batch == 1 else tuple(tokens)
-        if None not in ended:
-            return
-        inputs = torch.tensor(tokens).unsqueeze(1)
+class Decoding:
+    """Sequences that are continued together.  Iterating yields one `Drawn` per sequence, None for one that has ended.
+
+    `prompts`: int64 `[T]` each, of any lengths.  `max_new_tokens`: for all, or one per sequence.  `eos_ids`: a sequence
+    ends after one of these.  `seeds`: one per sequence; by default `sampling.seeds`.  `logprobs`: None for none, 0 for
+    those of the tokens drawn, n for the n most likely ones too.
+
+    Raises `ValueError` for arguments out of range.  The state is allocated once, when iteration starts.
+    """
+
+    def __init__(
+        self,
+        model: CausalLM,
+        prompts: Sequence[Tensor],
+        sampling: Sampling,
+        max_new_tokens: int | Sequence[int] = 128,
+        eos_ids: Collection[int] = (),
+        seeds: Sequence[int | None] | None = None,
+        logprobs: int | None = None,
+    ) -> None:
+        limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else list(max_new_tokens)
+        architecture = model.architecture
+        if not prompts:
+            raise ValueError("input_ids: expected at least one sequence, found none")
+        for prompt, limit in zip(prompts, limits, strict=True):
+            if prompt.ndim != 1 or prompt.dtype != torch.int64:
+                raise ValueError(f"input_ids: expected int64 [T] per sequence, found {prompt.dtype} {list(prompt.shape)}")
+            check_prompt(prompt.tolist(), architecture.vocab_size, architecture.max_position_embeddings)
+            if limit < 0:
+                raise ValueError(f"max_new_tokens: expected 0 or more, found {limit}")
+        positions = architecture.max_position_embeddings or sys.maxsize
+        self.model = model
+        self.sampling = sampling
+        self._prompts = prompts
+        self._left = [min(limit, positions - len(prompt)) for prompt, limit in zip(prompts, limits, strict=True)]
+        self._longest = max(len(prompt) + left for prompt, left in zip(prompts, self._left, strict=True))
+        self._eos_ids = frozenset(eos_ids)
+        self._chances = [random.Random(seed) for seed in seeds or sampling.seeds(len(prompts))]
+        self._logprobs = logprobs
+        self._last = [0] * len(prompts)
+        self._state: State | None = None
+        self._seen: Tensor | None = None  # (B, V)
+
+    def end(self, row: int) -> None:
+        """Sequence `row` is not continued any further."""
+        self._left[row] = 0
+
+    def __iter__(self) -> Iterator[tuple[Drawn | None, ...]]:
+        return self
+
+    def __next__(self) -> tuple[Drawn | None, ...]:
+        running = [left > 0 for left in self._left]
+        if not any(running):
+            raise StopIteration
+        if self._state is None:
+            self._state = self.model.new_state(len(running), self._longest)
+            self._seen = self._tokens_of_prompts() if self.sampling.penalizes else None
+            logits = self.model.logits(prefill(self.model, self._prompts, self._state))
+        else:
+            counts = [int(row) for row in running]
+            inputs = torch.tensor(self._last).unsqueeze(1)
+            logits = self.model(inputs, self._state, counts=counts)[:, 0]
+        tokens = self.sampling.choose(logits, self._chances, self._seen)
+        tokens = [token if alive else 0 for token, alive in zip(tokens, running, strict=True)]
+        if self._seen is not None:
+            self._seen[torch.arange(len(tokens)), tokens] = True
+        self._last = tokens
+        drawn = [Drawn(token) for token in tokens] if self._logprobs is None else _with_logprobs(tokens, logits, self._logprobs)
+        for row, token in enumerate(tokens):
+            self._left[row] = max(self._left[row] - 1, 0) if token not in self._eos_ids else 0
+        return tuple(one if alive else None for one, alive in zip(drawn, running, strict=True))
+
+    def _tokens_of_prompts(self) -> Tensor:
+        seen = torch.zeros(len(self._prompts), self.model.architecture.vocab_size, dtype=torch.bool, device=self.model.device)
+        for row, prompt in enumerate(self._prompts):
+            seen[row, prompt.to(seen.device)] = True
+        return seen
 
 
-def sample(logits: Tensor, temperature: float, top_p: float, top_k: int, generator: torch.Generator) -> Tensor:
-    """Draw one id per row: float32 `[B, V]` to int64 `[B]`.  See `generate_tokens` for the arguments."""
-    if temperature == 0:
-        return logits.argmax(-1)
-    # Subtracting the largest first keeps tiny temperatures finite.
-    logits = (logits - logits.amax(-1, keepdim=True)) / temperature
-    if 0 < top_k < logits.shape[-1]:
-        smallest_kept = logits.topk(top_k, -1).values[:, -1:]
-        logits = logits.masked_fill(logits < smallest_kept, -torch.inf)
-    probabilities = logits.softmax(-1)
-    if top_p < 1:
-        ordered, order = probabilities.sort(-1, descending=True)
-        before = ordered.cumsum(-1) - ordered  # what the more likely tokens hold; the first is always kept
-        probabilities = torch.zeros_like(probabilities).scatter(-1, order, ordered.masked_fill(before >= top_p, 0.0))
-    return torch.multinomial(probabilities, 1, generator=generator).squeeze(-1)
+def check_prompt(ids: Sequence[int], vocabulary: int, positions: int | None) -> None:
+    """Raise `ValueError` unless there are ids, all below `vocabulary`, and room for one more among `positions`."""
+    if not ids:
+        raise ValueError("input_ids: expected at least one token per sequence, found none")
+    wrong = next((token for token in ids if not 0 <= token < vocabulary), None)
+    if wrong is not None:
+        raise ValueError(f"input_ids: expected ids from 0 to {vocabulary - 1}, found {wrong}")
+    if positions is not None and len(ids) >= positions:
+        raise ValueError(f"input_ids: expected fewer than {positions} tokens, found {len(ids)}")
+
+
+def prefill(model: CausalLM, prompts: Sequence[Tensor], state: State) -> Tensor:
+    """Take prompts, int64 `[T]` each, into an empty state, piece by piece.
+
+    Returns what the last layer makes of each prompt's last token, `[B, H]` in the compute dtype.
+    """
+    last: dict[int, Tensor] = {}
+    ids = torch.nn.utils.rnn.pad_sequence(list(prompts), batch_first=True)
+    columns = max(1, PREFILL_TOKENS // len(prompts))
+    for start in range(0, ids.shape[1], columns):
+        piece = ids[:, start : start + columns]
+        counts = [min(max(len(prompt) - start, 0), piece.shape[1]) for prompt in prompts]
+        hidden = model.hidden(piece, state, counts)
+        for row, prompt in enumerate(prompts):
+            if start < len(prompt) <= start + columns:
+                last[row] = hidden[row, len(prompt) - start - 1]
+    return torch.stack([last[row] for row in range(len(prompts))])
+
+
+def _with_logprobs(tokens: Sequence[int], logits: Tensor, count: int) -> list[Drawn]:
+    """`tokens` with their log-probabilities and those of the `count` most likely ones; `logits`: float32 `[B, V]`."""
+    logprobs = logits.log_softmax(-1)
+    own = logprobs.gather(-1, torch.tensor(tokens, device=logits.device).unsqueeze(-1)).squeeze(-1).tolist()
+    best, ids = logprobs.topk(min(count, logprobs.shape[-1]), -1)
+    tops = [tuple(zip(*row, strict=True)) for row in zip(ids.tolist(), best.tolist(), strict=True)]
+    return [Drawn(*row) for row in zip(tokens, own, tops, strict=True)]

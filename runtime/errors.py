@@ -1,4 +1,4 @@
-"""The error of a checkpoint directory that cannot be loaded."""
+"""The errors of the runtime that are not the caller's own arguments."""
 
 from __future__ import annotations
 
@@ -8,3 +8,7 @@ class LoadError(ValueError):
 
     The message is one line: file, tensor, what was expected, what was found, what to do.
     """
+
+
+class InputError(ValueError):
+    """A file of prompts or of text that cannot be used.  The message is one line: file, line, expected, found."""

@@ -5,10 +5,14 @@ from __future__ import annotations
 import datetime
 import json
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 from runtime.errors import LoadError
+from runtime.generation_config import declared_eos_ids, read_object
+
+LONGEST_CHARACTER = 8  # ids; a character is at most four bytes, and a tokenizer may add an id or two of its own
 
 
 class ChatTokenizer:
@@ -28,49 +32,68 @@ class ChatTokenizer:
             self._tokenizer = Tokenizer.from_file(str(file))
         except Exception as error:  # the library raises plain Exception
             raise LoadError(f"{file}: expected a tokenizer, found {error}; copy the file again") from None
-        self._config = _read_object(self._directory / "tokenizer_config.json")
+        self._config = read_object(self._directory / "tokenizer_config.json")
 
-    def encode(self, text: str) -> list[int]:
-        """Ids of `text`, with the special tokens that the tokenizer's post-processor adds."""
-        return list(self._tokenizer.encode(text).ids)
+    def encode(self, text: str, special: bool = True) -> list[int]:
+        """Ids of `text`.  `special`: with the special tokens that the tokenizer's post-processor adds.
+
+        Raises `ValueError` for text that is no Unicode: lone surrogates, from bytes that are no UTF-8.
+        """
+        return list(self._encoding(text, special).ids)
+
+    def encode_with_ends(self, text: str) -> tuple[list[int], list[int]]:
+        """Ids of `text`, and the index in `text` behind each of them; ids within one character share the same.
+
+        Raises `ValueError` as `encode`.
+        """
+        encoding = self._encoding(text, True)
+        ends = [end for _, end in encoding.offsets]
+        return list(encoding.ids), list(accumulate(ends, max))  # special tokens that were added are at 0
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids` without special tokens; bytes that are no UTF-8 become U+FFFD."""
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
 
-    def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        """Ids of a conversation, up to where the assistant's answer starts.
+    def token_text(self, token: int) -> str:
+        """What one id stands for, special tokens by their names; bytes that are no UTF-8 become U+FFFD."""
+        return str(self._tokenizer.decode([token], skip_special_tokens=False))
 
-        `messages`: objects with `role` and `content`.  Raises `LoadError` when there is no chat template, or when it
-        refuses the messages.
+    def special_id(self, text: str) -> int | None:
+        """The id of the special token that is written `text`, or None."""
+        added = self._tokenizer.get_added_tokens_decoder()
+        return next((token for token, entry in added.items() if entry.special and entry.content == text), None)
+
+    def vocabulary(self) -> dict[str, int]:
+        """Every token with its id."""
+        return dict(self._tokenizer.get_vocab(with_added_tokens=True))
+
+    def render_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        variables: Mapping[str, Any] | None = None,
+        add_generation_prompt: bool = True,
+    ) -> str:
+        """A conversation as the checkpoint's chat template writes it, up to where the assistant's answer starts.
+
+        `messages`: objects with `role` and `content`.  `variables`: what else the template may ask for, such as
+        `enable_thinking`.  Raises `LoadError` when there is no chat template, or when it refuses the messages.
         """
-        from jinja2 import TemplateError
-        from jinja2.ext import loopcontrols
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-        def raise_exception(message: str) -> None:
-            raise TemplateError(message)
-
-        # The environment that templates are written for: transformers 5.23 `chat_template_utils.py`.
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
-        environment.filters["tojson"] = _to_json
-        environment.globals["raise_exception"] = raise_exception
-        environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
         special = {name: _text_of(self._config.get(name)) for name in self._config if name.endswith("_token")}
+        given = {name: text for name, text in special.items() if text is not None} | dict(variables or {})
+        given |= {"messages": [dict(message) for message in messages], "add_generation_prompt": add_generation_prompt}
         try:
-            template = environment.from_string(self._chat_template())
-            text = template.render(
-                messages=[dict(message) for message in messages],
-                add_generation_prompt=True,
-                **{name: text for name, text in special.items() if text is not None},
-            )
-        except (TemplateError, TypeError, ValueError) as error:
-            if isinstance(error, LoadError):
-                raise
+            template = _template_environment().from_string(self.chat_template())
+            return str(template.render(**({"tools": None, "documents": None} | given)))
+        except LoadError:
+            raise
+        except Exception as error:  # the template is a program of the checkpoint: it may fail in any way
             raise LoadError(
                 f"{self._directory}: expected the chat template to accept the messages, found {error}; use a plain prompt"
             ) from None
-        return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+
+    def encode_chat(self, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any] | None = None) -> list[int]:
+        """Ids of what `render_chat` writes.  Raises `LoadError` as it does, `ValueError` as `encode`."""
+        return self.encode(self.render_chat(messages, variables), special=False)
 
     def eos_ids(self, declared: int | Sequence[int] | None) -> frozenset[int]:
         """Every id that ends a text.
@@ -84,7 +107,8 @@ class ChatTokenizer:
             if text is not None and (token := self._tokenizer.token_to_id(text)) is not None
         }
 
-    def _chat_template(self) -> str:
+    def chat_template(self) -> str:
+        """The Jinja template of the checkpoint.  Raises `LoadError` when there is none."""
         file = self._directory / "chat_template.jinja"
         if file.is_file():
             return file.read_text(encoding="utf-8")
@@ -99,16 +123,12 @@ class ChatTokenizer:
             )
         return template
 
-
-def declared_eos_ids(directory: str | Path, declared: int | Sequence[int] | None) -> frozenset[int]:
-    """The end-of-text ids that configs name: `declared` (the architecture's) and those of `generation_config.json`."""
-    found: set[int] = set()
-    for value in (declared, _read_object(Path(directory) / "generation_config.json").get("eos_token_id")):
-        if isinstance(value, int):
-            found.add(value)
-        elif value is not None:
-            found.update(value)
-    return frozenset(found)
+    def _encoding(self, text: str, special: bool) -> Any:
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise ValueError("expected text in UTF-8, found bytes or escapes that are none") from None
+        return self._tokenizer.encode(text, add_special_tokens=special)
 
 
 class TextStream:
@@ -128,7 +148,8 @@ class TextStream:
         """Add one id; return the text that is now certain, perhaps empty."""
         self._ids.append(token)
         text = self._pending()
-        if text.endswith("\ufffd"):  # the middle of a character
+        # The middle of a character, unless it has gone on for longer than any character.
+        if text.endswith("\ufffd") and len(self._ids) - self._shown < LONGEST_CHARACTER:
             return ""
         self._context, self._shown = self._shown, len(self._ids)
         return text
@@ -142,23 +163,36 @@ class TextStream:
         return self._tokenizer.decode(self._ids[self._context :])[len(before) :]
 
 
+def _template_environment() -> Any:
+    """What templates are written for: transformers 5.23 `chat_template_utils.py`."""
+    from jinja2 import TemplateError, nodes
+    from jinja2.ext import Extension, loopcontrols
+    from jinja2.parser import Parser
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Generation(Extension):
+        """`{% generation %}` marks what the assistant wrote, for training; here its content is all that matters."""
+
+        tags = {"generation"}  # noqa: RUF012 (as the base class has it)
+
+        def parse(self, parser: Parser) -> nodes.Node:
+            line = next(parser.stream).lineno
+            return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True)).set_lineno(line)
+
+    def raise_exception(message: str) -> None:
+        raise TemplateError(message)
+
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
+    environment.filters["tojson"] = _to_json
+    environment.globals["raise_exception"] = raise_exception
+    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
+    return environment
+
+
 def _text_of(token: Any) -> str | None:
     """A special token of `tokenizer_config.json`: a string, or an object with its content."""
     text = token.get("content") if isinstance(token, dict) else token
     return text if isinstance(text, str) else None
-
-
-def _read_object(file: Path) -> dict[str, Any]:
-    """The JSON object in `file`, empty when there is no such file."""
-    if not file.is_file():
-        return {}
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise LoadError(f"{file}: expected JSON in UTF-8, found {error}; copy the file again") from None
-    if not isinstance(data, dict):
-        raise LoadError(f"{file}: expected a JSON object, found {type(data).__name__}; copy the file again")
-    return data
 
 
 def _to_json(value: Any, indent: int | None = None, **options: Any) -> str:

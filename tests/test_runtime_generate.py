@@ -18,35 +18,12 @@ from typing import Any
 import pytest
 import torch
 from canonical import tiny_qwen3, tiny_qwen3_5, write
+from tokenizers_tiny import TEMPLATE, TEXT, write_tokenizer
 
 import runtime
-from runtime.decode import sample
 from runtime.tokenizer import ChatTokenizer, TextStream
 
 ROOT = Path(__file__).parent.parent
-TEMPLATE = (
-    "{%- for message in messages %}{%- if message.role not in ['system', 'user'] %}{{ raise_exception('role!') }}{%- endif %}"
-    "<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{%- endfor %}"
-    "{%- if add_generation_prompt %}<|im_start|>assistant\n{%- endif %}"
-)
-TEXT = ["the cat sat on the mat", "grüße an alle", "日本語 🦊🐈", "user system assistant"]
-
-
-def write_tokenizer(out: Path) -> None:
-    """A byte-level BPE tokenizer whose unmerged bytes split every character outside ASCII."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
-    tokenizer.train_from_iterator(TEXT[:1] * 3, trainer)
-    out.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(str(out / "tokenizer.json"))
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>", "chat_template": TEMPLATE}
-    (out / "tokenizer_config.json").write_text(json.dumps(config))
 
 
 @pytest.fixture(scope="module")
@@ -137,28 +114,6 @@ def test_a_seed_repeats_a_draw(out: Path) -> None:
     assert draw(7) == draw(7)
     assert draw(7) != draw(8)
     assert draw(None) != draw(None)
-
-
-def test_samples_follow_the_distribution() -> None:
-    """Frequencies of 20000 draws against probabilities in closed form; 0.02 is six standard deviations."""
-    logits = torch.tensor([2.0, 1.0, 0.0, -1.0, -30.0])
-    weights = torch.tensor([0.5, 0.3, 0.15, 0.05]).double()
-    cases = {
-        (1.0, 1.0, 0): logits.double().softmax(-1),
-        (0.5, 1.0, 0): (2 * logits.double()).softmax(-1),
-        (1.0, 1.0, 2): torch.cat([logits[:2].double().softmax(-1), torch.zeros(3)]),
-        (1.0, 1.0, 99): logits.double().softmax(-1),
-    }
-    generator = torch.Generator().manual_seed(0)
-    for (temperature, top_p, top_k), expected in cases.items():
-        drawn = sample(logits.expand(20000, -1), temperature, top_p, top_k, generator)
-        assert (torch.bincount(drawn, minlength=5) / 20000 - expected).abs().max() < 0.02
-    for top_p, kept in ((0.5, 1), (0.51, 2), (0.8, 2), (0.81, 3), (0.96, 4), (0.001, 1)):
-        drawn = sample(weights.log().float().expand(20000, -1), 1.0, top_p, 0, generator)
-        expected = torch.cat([weights[:kept] / weights[:kept].sum(), torch.zeros(4 - kept)])
-        assert (torch.bincount(drawn, minlength=4) / 20000 - expected).abs().max() < 0.02
-    assert sample(logits[None], 0.0, 0.1, 1, generator).tolist() == [0]
-    assert sample(logits[None], 1e-30, 1.0, 0, generator).tolist() == [0]
 
 
 @pytest.mark.parametrize("text", TEXT)
