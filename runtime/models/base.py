@@ -64,7 +64,8 @@ class GatedMLP(nn.Module):
 class Trunk(nn.Module):
     """Embedding, layers, final norm: everything but the head.
 
-    `ropes`: kind of layer -> its rotary positions.  `norm`: name and module of the final norm.
+    `ropes`: kind of layer -> its rotary positions.  `norm`: name and module of the final norm.  `blocks` are the layers
+    that run; where draft heads are stored behind them in one list, `layers` has these too.
     """
 
     def __init__(
@@ -79,6 +80,7 @@ class Trunk(nn.Module):
         self.dtype = build.dtype
         self.embed_tokens = build.linear("model.embed_tokens", architecture.vocab_size, architecture.hidden_size)
         self.layers = nn.ModuleList(layers)
+        self.blocks = tuple(self.layers)
         self.norm_name = norm[0]
         self.add_module(*norm)
         self.ropes = nn.ModuleDict(ropes)
@@ -86,7 +88,7 @@ class Trunk(nn.Module):
     def forward(self, input_ids: Tensor, at: Tokens, caches: Sequence[Cache | None]) -> Tensor:
         """int64 `[B, T]` to hidden states before the final norm, `[B, T, H]` in the compute dtype."""
         x = self.embed_tokens.lookup(input_ids, self.dtype)
-        for layer, cache in zip(self.layers, caches, strict=True):
+        for layer, cache in zip(self.blocks, caches, strict=True):
             x = layer(x, at, cache)
         return x
 
@@ -164,8 +166,8 @@ class CausalLM(nn.Module):
         scales for its KV cache; layers with a window hold the window; recurrent layers a state of fixed size.
         """
         size = CacheSize(batch, max_length, draft, self.device, self.model.dtype)
-        layers: Iterable[Any] = self.model.layers
-        return State([layer.new_cache(size) for layer in layers], size, [0] * batch)
+        blocks: Iterable[Any] = self.model.blocks
+        return State([block.new_cache(size) for block in blocks], size, [0] * batch)
 
     @torch.no_grad()
     def forward(
