@@ -47,6 +47,7 @@ from .families.base import (
     resolve_architecture,
     text_config,
 )
+from .lists import Inventory, idle_entries
 from .names import CanonicalNames
 from .ops import Step, Term, coalesce, term_nbytes
 from .plan import Dropped, Plan
@@ -617,6 +618,21 @@ class _Planner:
                 )
             )  # fmt: skip
 
+    def check_lists(self, placed: Sequence[Placed]) -> None:
+        """Report the names in configs that mean no module."""
+        if not self.rules:
+            return
+
+        def spellings(name: str) -> tuple[str, ...]:
+            info = self.by_name.get(f"{name}.weight")
+            stored = info.name.rpartition(".")[0] if info is not None else self.stored_spelling(name)
+            return stored, hub_name(name, self.family.hub_roots[0]), f"language_model.{name}"
+
+        quantised, excluded = idle_entries(self.rules, Inventory(placed, spellings))
+        for line in quantised:
+            self.note(line)
+        self.repairs += excluded
+
     # -- KV cache -----------------------------------------------------------------------------------------------------
 
     def kv_scales(self, part: Part, attention: Sequence[str], heads: int) -> None:
@@ -847,6 +863,7 @@ def plan_source(source: Source, shard_size: int = DEFAULT_SHARD_SIZE) -> Plan:
             if place.parent in planner.kv_cache and place.name.endswith(f".{family.attention}"):
                 planner.steps += [s for n, s in kv_steps.items() if n.rpartition(".")[0] == place.parent]
     planner.check_optional_scales()
+    planner.check_lists(placed)
     planner.leftovers(present)
     adapters, problems, notes = build_adapters(planner.wrapped, source, family, placed, planner.by_name.keys())
     planner.problems += problems

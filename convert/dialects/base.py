@@ -107,6 +107,7 @@ class Rules:
     exact    canonical module name -> claim (a fused or container name stands for what is below it)
     ordered  (names, claim) pairs, first match wins, after `exact`
     default  the claim for a linear that nothing else matches, or None when unlisted means unquantised
+    listed   the keys of `exact` as the config writes them -> the same canonical
     ignored  the modules that the config excludes; they win over `ordered` and `default`
     silent   whether it names no module at all: the map that it refers to is elsewhere
     """
@@ -114,6 +115,7 @@ class Rules:
     where: str
     dialect: str
     exact: dict[str, Claim] = field(default_factory=dict)
+    listed: dict[str, str] = field(default_factory=dict)
     ordered: list[tuple[ModuleNames, Claim]] = field(default_factory=list)
     default: Claim | None = None
     ignored: ModuleNames = field(default_factory=lambda: ModuleNames())
@@ -170,22 +172,27 @@ class ModuleNames:
     Lists have hundreds of entries and checkpoints a hundred thousand modules.  So names are looked up, as are wildcards that
     end in their only star, which mean all that begins alike; only real patterns are tried one by one.
 
-    canonical  canonical names           written   the same as they stand in the config
+    canonical  canonical names           written   as they stand in the config -> the same canonical
     heads      what stands before such a star: sorted, and none of them begins with another
+    starred    all of these as they stand in the config -> what stands before the star
     patterns   matchers of everything else
+    drawn      patterns as they stand in the config, a matcher each
     containers what has been looked up: path -> whether it or a container of it is listed
     """
 
     canonical: set[str] = field(default_factory=set)
-    written: set[str] = field(default_factory=set)
+    written: dict[str, str] = field(default_factory=dict)
     heads: list[str] = field(default_factory=list)
+    starred: dict[str, str] = field(default_factory=dict)
     patterns: list[Matcher] = field(default_factory=list)
+    drawn: dict[str, Matcher] = field(default_factory=dict)
     containers: dict[str, bool] = field(default_factory=dict)
 
     def add_name(self, name: str, space: NameSpace) -> None:
         """Cover the module of that name in any prefix spelling, and its fused form."""
-        self.canonical.add(canonical_name(name, space) or name)
-        self.written.add(name)
+        canonical = canonical_name(name, space) or name
+        self.canonical.add(canonical)
+        self.written[name] = canonical
 
     def add_wildcard(self, pattern: str, space: NameSpace) -> None:
         """Cover what a shell wildcard matches; `*` crosses dots (nvidia-modelopt).  The literal head may have any prefix."""
@@ -199,10 +206,11 @@ class ModuleNames:
             elif (root := canonical_name(partial, space)) is not None:
                 head = root
             if star and not tail:
+                self.starred[pattern] = head
                 self._add_head(head)
                 return
         compiled = re.compile(fnmatch.translate(f"{head}{star}{tail}"))
-        self.patterns.append(lambda m: any(compiled.match(n) for n in (m.canonical, m.fused, *m.spellings)))
+        self._add_pattern(pattern, lambda m: any(compiled.match(n) for n in (m.canonical, m.fused, *m.spellings)))
 
     def _add_head(self, head: str) -> None:
         if self._begins(head):
@@ -240,7 +248,11 @@ class ModuleNames:
             with _REGEX_TIMER.watch(where, pattern):
                 return any(compiled.match(n) for n in {*module.spellings, module.canonical})
 
+        self._add_pattern(f"re:{pattern}", matches)
+
+    def _add_pattern(self, pattern: str, matches: Matcher) -> None:
         self.patterns.append(matches)
+        self.drawn[pattern] = matches
 
     def cover(self, module: Module) -> bool:
         """Whether any name or pattern means this module."""
@@ -248,7 +260,7 @@ class ModuleNames:
         names = self.canonical
         if names and (canonical in names or fused in names or not names.isdisjoint(others) or self._below(canonical)):
             return True
-        if not self.written.isdisjoint(spellings):
+        if any(name in self.written for name in spellings):
             return True
         if self.heads and any(map(self._begins, (canonical, fused, *spellings))):
             return True

@@ -156,7 +156,8 @@ def read(block: Mapping[str, Any], where: str, space: NameSpace) -> Rules:
                 claims[look] = _listed_claim(expect_mapping(entry, where, key), where, key)
             claim = claims[look]
             if not has_wildcard(key):
-                rules.exact[canonical(key) or key] = claim
+                rules.listed[key] = canonical(key) or key
+                rules.exact[rules.listed[key]] = claim
                 continue
             if not rules.ordered or rules.ordered[-1][1] != claim:
                 rules.ordered.append((ModuleNames(), claim))
