@@ -1,4 +1,4 @@
-"""Llama.  Source: transformers 5.23 `LlamaForCausalLM`."""
+"""Llama and Mistral.  Source: transformers 5.23 `LlamaForCausalLM`, `MistralForCausalLM`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class LlamaArchitecture(Qwen3Architecture):
 
 
 class Llama(AttentionLM):
-    """Llama and models with its exact layers."""
+    """Llama, and models with its exact layers such as Mistral, whose attention may have a window."""
 
     architecture_type = LlamaArchitecture
 

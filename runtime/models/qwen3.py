@@ -38,9 +38,20 @@ class Qwen3Architecture(AttentionArchitecture):
 
 
 class Attention(nn.Module):
-    """Grouped-query attention; queries and keys are normalised where the family does so (`qk_norm`)."""
+    """Grouped-query attention; queries and keys are normalised where the family does so (`qk_norm`).
 
-    def __init__(self, a: AttentionArchitecture, build: LayerBuilder, name: str, index: int, qk_norm: bool = True) -> None:
+    `out_bias`: whether the output projection has a bias; None: as the others have.
+    """
+
+    def __init__(
+        self,
+        a: AttentionArchitecture,
+        build: LayerBuilder,
+        name: str,
+        index: int,
+        qk_norm: bool = True,
+        out_bias: bool | None = None,
+    ) -> None:
         super().__init__()
         self.head_dim = a.head_dim
         q_rows, kv_rows = a.num_attention_heads * a.head_dim, a.num_key_value_heads * a.head_dim
@@ -48,7 +59,8 @@ class Attention(nn.Module):
         self.qkv = build.projections(self, f"{name}.qkv_proj", parts, a.hidden_size, a.attention_bias)
         self.q_norm = RMSNorm(a.head_dim, a.rms_norm_eps) if qk_norm else nn.Identity()
         self.k_norm = RMSNorm(a.head_dim, a.rms_norm_eps) if qk_norm else nn.Identity()
-        self.o_proj = build.linear(f"{name}.o_proj", a.hidden_size, q_rows, a.attention_bias)
+        out_bias = a.attention_bias if out_bias is None else out_bias
+        self.o_proj = build.linear(f"{name}.o_proj", a.hidden_size, q_rows, out_bias)
         window = a.sliding_window if a.layer_types[index] == "sliding_attention" else None
         self.kv = build.kv_cache(self, name, a.num_key_value_heads, a.head_dim, window)
 
