@@ -1,0 +1,199 @@
+"""Speculative decoding: the same greedy text as without, the same distribution when sampled, the formulas of draft heads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from build import Built, build, read_json
+from torch import Tensor
+
+import convert
+import runtime
+from runtime.format import FormatError
+from runtime.models.base import CausalLM
+from runtime.speculate import Counts, Guess, speculate, verify
+
+VOCABULARY = 80
+PROMPT = [5, 17, 3, 44, 8, 8, 61]
+
+
+def most_likely(logits: Tensor, tokens: Sequence[int]) -> Tensor:
+    """Greedy decoding as a distribution."""
+    return torch.nn.functional.one_hot(logits.argmax(-1), logits.shape[-1]).float()
+
+
+def penalised(logits: Tensor, tokens: Sequence[int]) -> Tensor:
+    """One that depends on the tokens before: those of the last four are half as likely."""
+    weights = logits.softmax(-1).clone()
+    weights[list(set(tokens[-4:]))] /= 2
+    return weights
+
+
+def greedy(model: CausalLM, prompt: Sequence[int], count: int) -> list[int]:
+    """Without a cache: the whole text again for each token."""
+    tokens = list(prompt)
+    for _ in range(count):
+        tokens.append(int(model(torch.tensor([tokens]))[0, -1].argmax()))
+    return tokens[len(prompt) :]
+
+
+def converted(directory: Path, family: str, **options: Any) -> Path:
+    options = {"dialect": "dense", "scheme": "bf16"} | options
+    build(directory / "in", family=family, **options)
+    convert.convert_checkpoint(directory / "in", directory / "out")
+    return directory / "out"
+
+
+def qwen_head(config: dict[str, Any], weights: Mapping[str, Any], experts: bool) -> Callable[[Tensor, Tensor], Tensor]:
+    """The draft head of Qwen3.5 out of transformers' parts: hidden states and embeddings `[B, T, H]` to `[B, T, H]`."""
+    from transformers.models.qwen3_5 import modeling_qwen3_5 as dense
+    from transformers.models.qwen3_5_moe import modeling_qwen3_5_moe as moe
+
+    kind = moe.Qwen3_5MoeTextConfig if experts else dense.Qwen3_5TextConfig
+    text = kind(**config.get("text_config", config))
+    text._attn_implementation = "eager"
+    full = text.layer_types.index("full_attention")
+    layer = (moe.Qwen3_5MoeDecoderLayer if experts else dense.Qwen3_5DecoderLayer)(text, full).eval()
+    rotary = (moe.Qwen3_5MoeTextRotaryEmbedding if experts else dense.Qwen3_5TextRotaryEmbedding)(text)
+    mine = {name.removeprefix("mtp."): torch.from_numpy(w) for name, w in weights.items() if name.startswith("mtp.")}
+    below = "layers.0."
+    own = {name.removeprefix(below): w for name, w in mine.items() if name.startswith(below)}
+    layer.load_state_dict(own, strict=True)
+
+    def norm(x: Tensor, weight: Tensor) -> Tensor:
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + text.rms_norm_eps) * (1 + weight)
+
+    def run(hidden: Tensor, embedded: Tensor) -> Tensor:
+        both = [norm(embedded, mine["pre_fc_norm_embedding.weight"]), norm(hidden, mine["pre_fc_norm_hidden.weight"])]
+        x, length = torch.cat(both, -1) @ mine["fc.weight"].T, hidden.shape[1]
+        mask = torch.full((length, length), -torch.inf).triu(1).expand(1, 1, -1, -1)
+        cos_sin = rotary(x, torch.arange(length).expand(3, 1, -1))
+        with torch.no_grad():
+            y = layer(x, position_embeddings=cos_sin, attention_mask=mask)
+        return norm(y[0] if isinstance(y, tuple) else y, mine["norm.weight"])
+
+    return run
+
+
+@pytest.mark.parametrize("scheme", ["fp8", "nvfp4"])
+@pytest.mark.parametrize("family", ["qwen3_5", "qwen3_5_moe"])
+def test_qwen_head_equals_transformers(family: str, scheme: str, tmp_path: Path) -> None:
+    rules = (("mtp.fc", None), ("mtp.*gate", None), ("mtp.*", scheme))  # a quantised draft head
+    built: Built = build(tmp_path / "in", family=family, dialect="modelopt", scheme=scheme, mtp=True, rules=rules, seed=1)
+    convert.convert_checkpoint(tmp_path / "in", tmp_path / "out")
+    model = runtime.load_model(tmp_path / "out", activations="full", drafts=True)
+    ids = torch.randint(0, VOCABULARY, (1, 30), generator=torch.Generator().manual_seed(0))
+    embedded = torch.from_numpy(built.dense["model.embed_tokens.weight"])[ids]
+    hidden = torch.randn(1, 30, embedded.shape[-1], generator=torch.Generator().manual_seed(1))
+    run = qwen_head(read_json(tmp_path / "in" / "config.json"), built.dense, family.endswith("moe"))
+    expected, twice = run(hidden, embedded), run(run(hidden, embedded), embedded)
+
+    state = model.new_state(1, 30)
+    at = model.model.turned(state.place(30, None))
+    draft = model.drafts[0]
+    found = draft(hidden, embedded, at, draft.new_cache(state.size))
+    again = draft(found, embedded, at, draft.new_cache(state.size))
+    assert float((found - expected).abs().max() / expected.abs().max()) < 1e-4
+    assert float((again - twice).abs().max() / twice.abs().max()) < 1e-4
+    logits = expected @ torch.from_numpy(built.dense["lm_head.weight"]).T
+    assert float((draft.logits(found, model.head) - logits).abs().max() / logits.abs().max()) < 1e-4
+
+
+class Oracle:
+    """A draft head that knows the text, and is wrong at some places.  It has no weights and no cache."""
+
+    def __init__(self, text: Sequence[int], wrong: set[int], head: int = 0) -> None:
+        self.text, self.wrong, self.head = text, wrong, head
+
+    def __call__(self, hidden: Tensor, embedded: Tensor, at: Any, cache: None) -> Tensor:
+        self.place = int(at.positions[0, -1]) + 2 + self.head
+        return hidden
+
+    def logits(self, hidden: Tensor, head: Any) -> Tensor:
+        token = self.text[self.place] if self.place < len(self.text) else 0
+        logits = torch.zeros(1, hidden.shape[1], VOCABULARY)
+        logits[..., (token + (self.place in self.wrong)) % VOCABULARY] = 5
+        return logits
+
+    def new_cache(self, size: Any) -> None:
+        return None
+
+
+@pytest.fixture(scope="module", params=["qwen3", "qwen3_5", "qwen3_5_moe", "nemotron_h", "step3p5"])
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> CausalLM:
+    return runtime.load_model(converted(tmp_path_factory.mktemp("model"), request.param))
+
+
+@pytest.mark.parametrize(("heads", "ahead"), [(1, 1), (1, 3), (1, 5), (3, 2), (3, 3)])
+def test_greedy_text_is_the_same(model: CausalLM, heads: int, ahead: int) -> None:
+    expected = greedy(model, PROMPT, 30)
+    wrong = {12, 15, 16, 23, 30, 31, 36}
+    model.drafts = tuple(Oracle(PROMPT + expected, wrong, head) for head in range(heads))
+    counts = Counts()
+    found = list(speculate(model, PROMPT, 30, ahead, most_likely, torch.Generator(), counts=counts))
+    assert found == expected
+    assert 0 < counts.kept < counts.guessed  # both ways were taken
+    end = expected[20]
+    stopped = list(speculate(model, PROMPT, 30, ahead, most_likely, torch.Generator(), {end}))
+    assert stopped == expected[: expected.index(end) + 1]
+
+
+@pytest.mark.parametrize(("family", "ahead"), [("qwen3_5", 1), ("qwen3_5", 3), ("qwen3_5_moe", 2)])
+def test_greedy_text_is_the_same_with_the_heads_of_the_checkpoint(family: str, ahead: int, tmp_path: Path) -> None:
+    model = runtime.load_model(converted(tmp_path, family, mtp=True), drafts=True)
+    for prompt in (PROMPT, PROMPT[:1]):
+        found = list(speculate(model, prompt, 20, ahead, most_likely, torch.Generator()))
+        assert found == greedy(model, prompt, 20)
+
+
+def test_a_kept_or_replaced_guess_is_a_draw_from_the_trunk() -> None:
+    """Chi-squared over 8 tokens: 24.3 is exceeded by chance once in a thousand times."""
+    generator = torch.Generator().manual_seed(0)
+    p, q = (torch.randn(8, generator=generator).mul(1.5).softmax(-1) for _ in range(2))
+    draws, found = 20000, torch.zeros(8)
+    for token in torch.multinomial(q, draws, replacement=True, generator=generator).tolist():
+        new = verify(torch.stack([p.log(), p.log()]), [], [Guess(token, q)], lambda row, _: row.softmax(-1), generator)
+        found[new[0]] += 1
+    assert float(((found - draws * p).square() / (draws * p)).sum()) < 24.3
+
+
+def test_sampled_text_has_the_same_distribution(tmp_path: Path) -> None:
+    """Pairs of tokens after a prompt, the second guessed by the head of a random checkpoint, against exact probabilities.
+
+    Chi-squared over the 16 cells of (first in four groups, second in four groups): 37.7 is exceeded once in a thousand times.
+    """
+    model = runtime.load_model(converted(tmp_path, "qwen3_5", mtp=True), drafts=True)
+
+    def sharp(logits: Tensor, tokens: Sequence[int]) -> Tensor:
+        return penalised(logits * 3, tokens)
+
+    first = sharp(model(torch.tensor([PROMPT]))[0, -1], PROMPT)
+    joint = torch.zeros(4, 4, dtype=torch.float64)
+    after = model(torch.tensor([[*PROMPT, token] for token in range(VOCABULARY)]))[:, -1]
+    for token in range(VOCABULARY):
+        second = sharp(after[token], [*PROMPT, token]).double()
+        groups = torch.zeros(4, dtype=torch.float64).index_add_(0, torch.arange(VOCABULARY) % 4, second / second.sum())
+        joint[token % 4] += float(first[token] / first.sum()) * groups
+    draws, found, generator = 250, torch.zeros(4, 4, dtype=torch.float64), torch.Generator().manual_seed(3)
+    counts = Counts()
+    for _ in range(draws):
+        a, b, _ = speculate(model, PROMPT, 3, 1, sharp, generator, counts=counts)
+        found[a % 4, b % 4] += 1
+    assert 0 < counts.kept < counts.guessed == draws
+    assert float(((found - draws * joint).square() / (draws * joint)).sum()) < 37.7
+
+
+def test_a_model_without_heads_is_refused(tmp_path: Path) -> None:
+    out = converted(tmp_path, "qwen3")
+    with pytest.raises(FormatError, match="draft heads"):
+        runtime.load_model(out, drafts=True)
+    model = runtime.load_model(out)
+    with pytest.raises(ValueError, match="draft heads"):
+        speculate(model, PROMPT, 5, 1, most_likely, torch.Generator())
+    model.drafts = tuple(Oracle(PROMPT, set(), head) for head in range(2))
+    with pytest.raises(ValueError, match="ahead: expected 1 to 2"):
+        speculate(model, PROMPT, 5, 3, most_likely, torch.Generator())
