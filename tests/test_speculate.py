@@ -142,7 +142,10 @@ def test_greedy_text_is_the_same(model: CausalLM, heads: int, ahead: int) -> Non
     assert stopped == expected[: expected.index(end) + 1]
 
 
-@pytest.mark.parametrize(("family", "ahead"), [("qwen3_5", 1), ("qwen3_5", 3), ("qwen3_5_moe", 2)])
+@pytest.mark.parametrize(
+    ("family", "ahead"),
+    [("qwen3_5", 1), ("qwen3_5", 3), ("qwen3_5_moe", 2), ("nemotron_h", 1), ("nemotron_h", 4), ("step3p5", 1), ("step3p5", 2)],
+)
 def test_greedy_text_is_the_same_with_the_heads_of_the_checkpoint(family: str, ahead: int, tmp_path: Path) -> None:
     model = runtime.load_model(converted(tmp_path, family, mtp=True), drafts=True)
     for prompt in (PROMPT, PROMPT[:1]):
