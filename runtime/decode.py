@@ -131,7 +131,7 @@ class Decoding:
         if self._seen is not None:
             self._seen[torch.arange(len(tokens)), tokens] = True
         self._last = tokens
-        drawn = [Drawn(token) for token in tokens] if self._logprobs is None else _with_logprobs(tokens, logits, self._logprobs)
+        drawn = with_logprobs(tokens, logits, self._logprobs)
         for row, token in enumerate(tokens):
             self._left[row] = max(self._left[row] - 1, 0) if token not in self._eos_ids else 0
         return tuple(one if alive else None for one, alive in zip(drawn, running, strict=True))
@@ -172,8 +172,13 @@ def prefill(model: CausalLM, prompts: Sequence[Tensor], state: State) -> Tensor:
     return torch.stack([last[row] for row in range(len(prompts))])
 
 
-def _with_logprobs(tokens: Sequence[int], logits: Tensor, count: int) -> list[Drawn]:
-    """`tokens` with their log-probabilities and those of the `count` most likely ones; `logits`: float32 `[B, V]`."""
+def with_logprobs(tokens: Sequence[int], logits: Tensor, count: int | None) -> list[Drawn]:
+    """`tokens` with their log-probabilities and those of the `count` most likely ones, or with nothing for None.
+
+    `logits`: float32, one row `[V]` for each token.
+    """
+    if count is None:
+        return [Drawn(token) for token in tokens]
     logprobs = logits.log_softmax(-1)
     own = logprobs.gather(-1, torch.tensor(tokens, device=logits.device).unsqueeze(-1)).squeeze(-1).tolist()
     best, ids = logprobs.topk(min(count, logprobs.shape[-1]), -1)

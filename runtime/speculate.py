@@ -9,13 +9,17 @@ H hidden size, V vocabulary.  One sequence; `ahead` guesses per call.
 
 from __future__ import annotations
 
+import random
+import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from runtime.decode import PREFILL_TOKENS, Drawn, check_prompt, with_logprobs
 from runtime.models.base import CausalLM
+from runtime.sampling import Sampling, draw
 from runtime.state import CacheSize, State
 
 # Float32 logits [V] and the tokens before -> the probabilities [V] that the next token is drawn with.
@@ -30,68 +34,6 @@ class Counts:
     kept: int = 0
 
 
-def speculate(
-    model: CausalLM,
-    prompt: Sequence[int],
-    max_new_tokens: int,
-    ahead: int,
-    distribution: Distribution,
-    generator: torch.Generator,
-    eos_ids: Collection[int] = (),
-    counts: Counts | None = None,
-) -> Iterator[int]:
-    """Continue one prompt and yield token ids as they come, the last perhaps one of `eos_ids`.
-
-    `model`: loaded with `drafts=True`.  `ahead`: guesses per call, at most one per draft head; a single head is run again on
-    its own output.  `distribution`: how tokens are drawn, one-hot for the most likely.  `counts`: filled in as it goes.
-    Raises `ValueError`, before anything is computed, when `model` has no draft heads, or not so many.
-    """
-    if not model.drafts:
-        raise ValueError("model: expected draft heads, found none; load it with drafts=True")
-    if ahead < 1 or 1 < len(model.drafts) < ahead:
-        most = "or more" if len(model.drafts) == 1 else f"to {len(model.drafts)}, the number of draft heads"
-        raise ValueError(f"ahead: expected 1 {most}, found {ahead}")
-    return _speculate(model, list(prompt), max_new_tokens, ahead, distribution, generator, eos_ids, counts or Counts())
-
-
-PREFILL = 2048  # prompt tokens per call: bounds the memory of attention masks
-
-
-def _speculate(
-    model: CausalLM,
-    tokens: list[int],
-    max_new_tokens: int,
-    ahead: int,
-    distribution: Distribution,
-    generator: torch.Generator,
-    eos_ids: Collection[int],
-    counts: Counts,
-) -> Iterator[int]:
-    if max_new_tokens < 1:
-        return
-    last = len(tokens) + max_new_tokens
-    state, guesser = model.new_state(1, last, ahead), Guesser(model, last, ahead)
-    for start in range(0, len(tokens), PREFILL):
-        hidden = model.hidden(torch.tensor([tokens[start : start + PREFILL]]), state)
-        guesser.follow(hidden)
-    tokens.append(_draw(distribution(model.logits(hidden[0, -1]), tokens), generator))
-    yield tokens[-1]
-    while tokens[-1] not in eos_ids and len(tokens) < last:
-        guesses = guesser.guess(tokens, min(ahead, last - len(tokens) - 1), distribution, generator)
-        ids = [guess.token for guess in guesses]
-        hidden = model.hidden(torch.tensor([[tokens[-1], *ids]]), state)
-        new = verify(model.logits(hidden[0]), tokens, guesses, distribution, generator)
-        state.keep([1 + len(ids)], [len(new)])
-        guesser.follow(hidden[:, : len(new)])
-        counts.guessed += len(ids)
-        counts.kept += len(new) - 1
-        for token in new:
-            tokens.append(token)
-            yield token
-            if token in eos_ids:
-                return
-
-
 @dataclass(frozen=True, slots=True)
 class Guess:
     """A token that a draft head guessed, and the probabilities `[V]` that it was drawn from."""
@@ -100,8 +42,94 @@ class Guess:
     probabilities: Tensor
 
 
+def speculate(
+    model: CausalLM,
+    prompt: Tensor,
+    sampling: Sampling,
+    max_new_tokens: int,
+    ahead: int,
+    eos_ids: Collection[int] = (),
+    logprobs: int | None = None,
+    counts: Counts | None = None,
+) -> Iterator[Drawn]:
+    """Continue one prompt, int64 `[T]`, and yield tokens as they come, the last perhaps one of `eos_ids`.
+
+    `model`: loaded with `drafts=True`.  `ahead`: guesses per call, at most one per draft head; a single head is run again on
+    its own output.  `logprobs`: as for `Decoding`.  `counts`: filled in as it goes.
+    Raises `ValueError`, before anything is computed, when `model` has no draft heads, or not so many, and for a prompt that is
+    empty, too long, or has ids outside the vocabulary.
+    """
+    check_ahead(model, ahead)
+    positions = model.architecture.max_position_embeddings
+    check_prompt(prompt.tolist(), model.architecture.vocab_size, positions)
+    count = min(max_new_tokens, (positions or sys.maxsize) - len(prompt))
+    return _speculate(model, prompt, sampling, count, ahead, eos_ids, logprobs, counts or Counts())
+
+
+def check_ahead(model: CausalLM, ahead: int) -> None:
+    """Raise `ValueError` unless the draft heads of `model` can make `ahead` guesses."""
+    if not model.drafts:
+        raise ValueError("model: expected draft heads, found none; load it with drafts=True")
+    if ahead < 1 or 1 < len(model.drafts) < ahead:
+        most = "or more" if len(model.drafts) == 1 else f"to {len(model.drafts)}, the number of draft heads"
+        raise ValueError(f"guesses: expected 1 {most}, found {ahead}")
+
+
+def _speculate(
+    model: CausalLM,
+    prompt: Tensor,
+    sampling: Sampling,
+    max_new_tokens: int,
+    ahead: int,
+    eos_ids: Collection[int],
+    logprobs: int | None,
+    counts: Counts,
+) -> Iterator[Drawn]:
+    if max_new_tokens < 1:
+        return
+    tokens: list[int] = prompt.tolist()
+    last = len(tokens) + max_new_tokens
+    chance, distribution = random.Random(sampling.seed), distribution_of(sampling)
+    state, guesser = model.new_state(1, last, ahead), Guesser(model, last, ahead)
+    for start in range(0, len(tokens), PREFILL_TOKENS):
+        hidden = model.hidden(prompt[None, start : start + PREFILL_TOKENS], state)
+        guesser.follow(hidden)
+    logits = model.logits(hidden[0, -1:])
+    new = verify(logits, tokens, (), distribution, chance)
+    while True:
+        for drawn in with_logprobs(new, logits[: len(new)], logprobs):
+            tokens.append(drawn.token)
+            yield drawn
+            if drawn.token in eos_ids or len(tokens) == last:
+                return
+        guesses = guesser.guess(tokens, min(ahead, last - len(tokens) - 1), distribution, chance)
+        hidden = model.hidden(torch.tensor([[tokens[-1], *(guess.token for guess in guesses)]]), state)
+        logits = model.logits(hidden[0])
+        new = verify(logits, tokens, guesses, distribution, chance)
+        state.keep([1 + len(guesses)], [len(new)])
+        guesser.follow(hidden[:, : len(new)])
+        counts.guessed += len(guesses)
+        counts.kept += len(new) - 1
+
+
+def distribution_of(sampling: Sampling) -> Distribution:
+    """What a token is drawn from: at temperature 0 certainly the most likely one."""
+
+    def distribution(logits: Tensor, tokens: Sequence[int]) -> Tensor:
+        seen = None
+        if sampling.penalizes:
+            seen = torch.zeros(1, logits.shape[-1], dtype=torch.bool, device=logits.device)
+            seen[0, list(tokens)] = True
+        if sampling.temperature == 0:
+            best = sampling.choose(logits.unsqueeze(0), (), seen)[0]
+            return torch.zeros_like(logits).index_fill_(0, torch.tensor([best], device=logits.device), 1.0)
+        return sampling.probabilities(logits.unsqueeze(0), seen)[0]
+
+    return distribution
+
+
 def verify(
-    logits: Tensor, tokens: Sequence[int], guesses: Sequence[Guess], distribution: Distribution, generator: torch.Generator
+    logits: Tensor, tokens: Sequence[int], guesses: Sequence[Guess], distribution: Distribution, chance: random.Random
 ) -> list[int]:
     """The tokens that come next: the guesses up to the first that is refused, and one drawn by the trunk.
 
@@ -112,16 +140,16 @@ def verify(
     new: list[int] = []
     for guess, row in zip(guesses, logits, strict=False):
         p, q = distribution(row, [*tokens, *new]), guess.probabilities
-        if float(torch.rand((), generator=generator, device=p.device)) * float(q[guess.token]) >= float(p[guess.token]):
+        if chance.random() * float(q[guess.token]) >= float(p[guess.token]):
             rest = (p - q).clamp(min=0)
-            return [*new, _draw(rest if rest.any() else p, generator)]  # nothing left: p and q differ by rounding only
+            return [*new, _draw(rest if rest.any() else p, chance)]  # nothing left: p and q differ by rounding only
         new.append(guess.token)
-    return [*new, _draw(distribution(logits[len(new)], [*tokens, *new]), generator)]
+    return [*new, _draw(distribution(logits[len(new)], [*tokens, *new]), chance)]
 
 
-def _draw(weights: Tensor, generator: torch.Generator) -> int:
+def _draw(weights: Tensor, chance: random.Random) -> int:
     """One index, drawn in proportion to `[V]`."""
-    return int(torch.multinomial(weights, 1, generator=generator))
+    return draw(weights.unsqueeze(0), [chance.random()])[0]
 
 
 class Guesser:
@@ -144,7 +172,7 @@ class Guesser:
         self._inputs[0] = torch.cat([self._inputs[0], self.model.draft_input(hidden)], 1)
 
     def guess(
-        self, tokens: Sequence[int], count: int, distribution: Distribution, generator: torch.Generator
+        self, tokens: Sequence[int], count: int, distribution: Distribution, chance: random.Random
     ) -> list[Guess]:
         """The next `count` tokens after `tokens`, of which the trunk has seen all but the last."""
         guesses: list[Guess] = []
@@ -153,7 +181,7 @@ class Guesser:
             before = [*tokens, *(guess.token for guess in guesses)]
             logits = self.model.drafts[head].logits(hidden[:, -1:], self.model.head)[0, -1]
             probabilities = distribution(logits, before)
-            guesses.append(Guess(_draw(probabilities, generator), probabilities))
+            guesses.append(Guess(_draw(probabilities, chance), probabilities))
 
         seen = len(tokens) - 1
         unsure = self._inputs[0][:, :0]  # outputs of the head before that rest on guesses

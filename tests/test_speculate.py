@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import random
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,24 +15,19 @@ from torch import Tensor
 
 import convert
 import runtime
+from runtime.decode import Drawn
 from runtime.format import FormatError
 from runtime.models.base import CausalLM
+from runtime.sampling import Sampling
 from runtime.speculate import Counts, Guess, speculate, verify
 
 VOCABULARY = 80
 PROMPT = [5, 17, 3, 44, 8, 8, 61]
+GREEDY = Sampling()
 
 
-def most_likely(logits: Tensor, tokens: Sequence[int]) -> Tensor:
-    """Greedy decoding as a distribution."""
-    return torch.nn.functional.one_hot(logits.argmax(-1), logits.shape[-1]).float()
-
-
-def penalised(logits: Tensor, tokens: Sequence[int]) -> Tensor:
-    """One that depends on the tokens before: those of the last four are half as likely."""
-    weights = logits.softmax(-1).clone()
-    weights[list(set(tokens[-4:]))] /= 2
-    return weights
+def ids(drawn: Iterable[Drawn]) -> list[int]:
+    return [one.token for one in drawn]
 
 
 def greedy(model: CausalLM, prompt: Sequence[int], count: int) -> list[int]:
@@ -86,8 +83,8 @@ def test_qwen_head_equals_transformers(family: str, scheme: str, tmp_path: Path)
     built: Built = build(tmp_path / "in", family=family, dialect="modelopt", scheme=scheme, mtp=True, rules=rules, seed=1)
     convert.convert_checkpoint(tmp_path / "in", tmp_path / "out")
     model = runtime.load_model(tmp_path / "out", activations="full", drafts=True)
-    ids = torch.randint(0, VOCABULARY, (1, 30), generator=torch.Generator().manual_seed(0))
-    embedded = torch.from_numpy(built.dense["model.embed_tokens.weight"])[ids]
+    tokens = torch.randint(0, VOCABULARY, (1, 30), generator=torch.Generator().manual_seed(0))
+    embedded = torch.from_numpy(built.dense["model.embed_tokens.weight"])[tokens]
     hidden = torch.randn(1, 30, embedded.shape[-1], generator=torch.Generator().manual_seed(1))
     run = qwen_head(read_json(tmp_path / "in" / "config.json"), built.dense, family.endswith("moe"))
     expected, twice = run(hidden, embedded), run(run(hidden, embedded), embedded)
@@ -134,11 +131,11 @@ def test_greedy_text_is_the_same(model: CausalLM, heads: int, ahead: int) -> Non
     wrong = {12, 15, 16, 23, 30, 31, 36}
     model.drafts = tuple(Oracle(PROMPT + expected, wrong, head) for head in range(heads))
     counts = Counts()
-    found = list(speculate(model, PROMPT, 30, ahead, most_likely, torch.Generator(), counts=counts))
+    found = ids(speculate(model, torch.tensor(PROMPT), GREEDY, 30, ahead, counts=counts))
     assert found == expected
     assert 0 < counts.kept < counts.guessed  # both ways were taken
     end = expected[20]
-    stopped = list(speculate(model, PROMPT, 30, ahead, most_likely, torch.Generator(), {end}))
+    stopped = ids(speculate(model, torch.tensor(PROMPT), GREEDY, 30, ahead, {end}))
     assert stopped == expected[: expected.index(end) + 1]
 
 
@@ -149,17 +146,16 @@ def test_greedy_text_is_the_same(model: CausalLM, heads: int, ahead: int) -> Non
 def test_greedy_text_is_the_same_with_the_heads_of_the_checkpoint(family: str, ahead: int, tmp_path: Path) -> None:
     model = runtime.load_model(converted(tmp_path, family, mtp=True), drafts=True)
     for prompt in (PROMPT, PROMPT[:1]):
-        found = list(speculate(model, prompt, 20, ahead, most_likely, torch.Generator()))
-        assert found == greedy(model, prompt, 20)
+        assert ids(speculate(model, torch.tensor(prompt), GREEDY, 20, ahead)) == greedy(model, prompt, 20)
 
 
 def test_a_kept_or_replaced_guess_is_a_draw_from_the_trunk() -> None:
     """Chi-squared over 8 tokens: 24.3 is exceeded by chance once in a thousand times."""
-    generator = torch.Generator().manual_seed(0)
+    generator, chance = torch.Generator().manual_seed(0), random.Random(0)
     p, q = (torch.randn(8, generator=generator).mul(1.5).softmax(-1) for _ in range(2))
     draws, found = 20000, torch.zeros(8)
     for token in torch.multinomial(q, draws, replacement=True, generator=generator).tolist():
-        new = verify(torch.stack([p.log(), p.log()]), [], [Guess(token, q)], lambda row, _: row.softmax(-1), generator)
+        new = verify(torch.stack([p.log(), p.log()]), [], [Guess(token, q)], lambda row, _: row.softmax(-1), chance)
         found[new[0]] += 1
     assert float(((found - draws * p).square() / (draws * p)).sum()) < 24.3
 
@@ -171,20 +167,26 @@ def test_sampled_text_has_the_same_distribution(tmp_path: Path) -> None:
     """
     model = runtime.load_model(converted(tmp_path, "qwen3_5", mtp=True), drafts=True)
 
-    def sharp(logits: Tensor, tokens: Sequence[int]) -> Tensor:
-        return penalised(logits * 3, tokens)
+    sampling = Sampling(temperature=0.3, top_k=40, repetition_penalty=1.3)
 
-    first = sharp(model(torch.tensor([PROMPT]))[0, -1], PROMPT)
+    def probabilities(logits: Tensor, tokens: Sequence[int]) -> Tensor:
+        """As transformers' processors do it: penalty, temperature, top-k."""
+        row, before = logits.clone(), sorted(set(tokens))
+        row[before] = torch.where(row[before] < 0, row[before] * 1.3, row[before] / 1.3)
+        row = row / 0.3
+        row[row < row.topk(40).values[-1]] = -torch.inf
+        return row.double().softmax(-1)
+
+    first = probabilities(model(torch.tensor([PROMPT]))[0, -1], PROMPT)
     joint = torch.zeros(4, 4, dtype=torch.float64)
     after = model(torch.tensor([[*PROMPT, token] for token in range(VOCABULARY)]))[:, -1]
     for token in range(VOCABULARY):
-        second = sharp(after[token], [*PROMPT, token]).double()
-        groups = torch.zeros(4, dtype=torch.float64).index_add_(0, torch.arange(VOCABULARY) % 4, second / second.sum())
-        joint[token % 4] += float(first[token] / first.sum()) * groups
-    draws, found, generator = 250, torch.zeros(4, 4, dtype=torch.float64), torch.Generator().manual_seed(3)
+        second = probabilities(after[token], [*PROMPT, token])
+        joint[token % 4] += first[token] * torch.zeros_like(first[:4]).index_add_(0, torch.arange(VOCABULARY) % 4, second)
+    draws, found = 250, torch.zeros(4, 4, dtype=torch.float64)
     counts = Counts()
-    for _ in range(draws):
-        a, b, _ = speculate(model, PROMPT, 3, 1, sharp, generator, counts=counts)
+    for seed in range(draws):
+        a, b, _ = ids(speculate(model, torch.tensor(PROMPT), replace(sampling, seed=seed), 3, 1, counts=counts))
         found[a % 4, b % 4] += 1
     assert 0 < counts.kept < counts.guessed == draws
     assert float(((found - draws * joint).square() / (draws * joint)).sum()) < 37.7
@@ -196,7 +198,16 @@ def test_a_model_without_heads_is_refused(tmp_path: Path) -> None:
         runtime.load_model(out, drafts=True)
     model = runtime.load_model(out)
     with pytest.raises(ValueError, match="draft heads"):
-        speculate(model, PROMPT, 5, 1, most_likely, torch.Generator())
+        speculate(model, torch.tensor(PROMPT), GREEDY, 5, 1)
     model.drafts = tuple(Oracle(PROMPT, set(), head) for head in range(2))
-    with pytest.raises(ValueError, match="ahead: expected 1 to 2"):
-        speculate(model, PROMPT, 5, 3, most_likely, torch.Generator())
+    with pytest.raises(ValueError, match="guesses: expected 1 to 2"):
+        speculate(model, torch.tensor(PROMPT), GREEDY, 5, 3)
+
+
+def test_logprobs_are_those_of_the_trunk(tmp_path: Path) -> None:
+    model = runtime.load_model(converted(tmp_path, "qwen3_5", mtp=True), drafts=True)
+    drawn = list(speculate(model, torch.tensor(PROMPT), GREEDY, 12, 3, logprobs=2))
+    logits = model(torch.tensor([PROMPT + ids(drawn)]))[0, len(PROMPT) - 1 : -1]
+    for one, row in zip(drawn, logits.double().log_softmax(-1), strict=True):
+        assert one.logprob == pytest.approx(float(row[one.token]), abs=1e-4)
+        assert [token for token, _ in one.top] == row.topk(2).indices.tolist()
