@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from runtime.decode import Drawn
+    from runtime.decode import Decoding, Drawn
     from runtime.tokenizer import ChatTokenizer
 
 
@@ -96,6 +96,18 @@ class Answer:
     def _likelihood(self, token: int, logprob: float | None) -> dict[str, Any]:
         text = self._tokenizer.token_text(token) if self._tokenizer else None
         return {"token_id": token, "text": text, "logprob": logprob}
+
+
+def answer_together(decoding: Decoding, answers: Sequence[Answer]) -> None:
+    """Push what a batch draws to the answers of its sequences; a sequence goes on until its answer has ended."""
+    for step in decoding:
+        for row, drawn in enumerate(step):
+            if drawn:
+                answers[row].push(drawn)
+                if answers[row].ended:
+                    decoding.end(row)
+    for answer in answers:
+        answer.finish()
 
 
 class StopStream:

@@ -12,7 +12,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 import click
 
-from runtime.answer import Answer
+from runtime.answer import Answer, answer_together
 from runtime.command import (
     INPUT_FILE,
     activations_option,
@@ -184,7 +184,12 @@ def main(
             raise click.UsageError(str(error)) from None
         raise
     declared = read_generation_config(out)
-    sampling = declared.sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
+    try:
+        sampling = declared.sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
+    except LoadError:
+        raise
+    except ValueError as error:
+        raise click.UsageError(str(error)) from None
 
     from runtime.loader import load_model
 
@@ -248,13 +253,16 @@ def _encode(out: str, prompts: Sequence[Prompt], tokenizer: ChatTokenizer | None
 
 
 def _open_output(output: str | None, prompt_file: str | None) -> Any:
-    """Where answers go; opened before anything is loaded, so that a name that cannot be written is found at once."""
+    """Where answers go; opened before anything is loaded, so that a name that cannot be written is found at once.
+
+    Half a surrogate pair, in an `id` that is given back, is written as its escape, which JSON has too.
+    """
     if output is None:
-        return click.open_file("-", "w", encoding="utf-8")
+        return click.open_file("-", "w", encoding="utf-8", errors="backslashreplace")
     if prompt_file is not None and prompt_file != "-" and Path(output).exists() and Path(output).samefile(prompt_file):
         raise click.UsageError("--output: expected another file than --prompt-file")
     try:
-        return Path(output).open("w", encoding="utf-8")
+        return Path(output).open("w", encoding="utf-8", errors="backslashreplace")
     except OSError as error:
         raise click.UsageError(f"--output {output}: {error.strerror}") from None
 
@@ -351,14 +359,7 @@ def _answer_batch(
     answers = [Answer(tokenizer, settings.eos_ids, stop) for stop in stops]
     inputs = [torch.tensor(row) for row in ids]
     decoding = Decoding(model, inputs, settings.sampling, limits, settings.eos_ids, seeds, settings.logprobs)
-    for step in decoding:
-        for row, drawn in enumerate(step):
-            if drawn:
-                answers[row].push(drawn)
-                if answers[row].ended:
-                    decoding.end(row)
-    for answer in answers:
-        answer.finish()
+    answer_together(decoding, answers)
     return answers
 
 

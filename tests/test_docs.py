@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+from importlib import import_module
 from pathlib import Path
 
 import families
@@ -62,6 +63,19 @@ def test_commands_parse(args: list[str]) -> None:
     name, command, rest = cli.resolve_command(context, [*context._protected_args, *context.args])
     assert command is not None
     command.make_context(name, list(rest), parent=context)
+
+
+def runtime_commands() -> list[tuple[str, list[str]]]:
+    """The `python -m runtime....` lines of the README: module, and the options that each gives."""
+    lines = re.findall(r"^python -m (runtime\.\w+) (.*)$", README, re.MULTILINE)
+    return [(module, [w for w in shlex.split(rest, comments=True) if w.startswith("--")]) for module, rest in lines]
+
+
+@pytest.mark.parametrize(("module", "options"), runtime_commands(), ids=str)
+def test_runtime_commands_exist(module: str, options: list[str]) -> None:
+    """Each command of the README has the options that it is shown with."""
+    command = import_module(module).main
+    assert {*options} <= {name for parameter in command.params for name in parameter.opts}
 
 
 def test_format_page_is_complete() -> None:
