@@ -204,6 +204,8 @@ def test_continuations_are_scored_as_by_transformers(
             for _ in range(3):
                 ids.append(int(reference(torch.tensor([ids])).logits[0, -1].argmax()))
             pairs.append((context, ids[len(context) :]))
+        ids = [5, 6, 7, 8]  # one whose last token alone is the most likely one
+        pairs.append(([5, 6, 7], [8, int(reference(torch.tensor([ids])).logits[0, -1].argmax())]))
     expected = []
     for context, rest in pairs:
         row = [*context, *rest][-max_length - 1 :]
@@ -216,7 +218,7 @@ def test_continuations_are_scored_as_by_transformers(
     found = score_continuations(model, pairs, max_length)
     assert [one.greedy for one in found] == [greedy for _, greedy in expected]
     assert [one.logprob for one in found] == pytest.approx([value for value, _ in expected], abs=1e-4)
-    assert [one.greedy for one in found] == [False, False, True, False, False, True, True]
+    assert [one.greedy for one in found] == [False, False, True, False, False, True, True, False]
     assert decode.PREFILL_TOKENS == 2048
 
 
