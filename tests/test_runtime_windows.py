@@ -107,3 +107,19 @@ def test_a_window_is_all_that_is_kept(window: int | None, draft: int, columns: i
     cache = KVFormat(KV_HEADS, DIM, window).new_cache(size)
     assert isinstance(cache, WindowCache) == (window is not None and window < MAX)
     assert cache.k.shape == cache.v.shape == (2, columns + 1, KV_HEADS, DIM)
+
+
+def test_no_column_is_written_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which of two values stays would be left to the device, so a call longer than the ring writes its end alone."""
+    seen = []
+
+    def store(self: WindowCache, k: Tensor, v: Tensor, at: Tokens, columns: Tensor) -> None:
+        real = columns if at.real is None else columns.where(at.real, self.spare)
+        seen.extend([column for column in row if column != self.spare] for row in real.tolist())
+
+    monkeypatch.setattr(WindowCache, "_store", store)
+    conversation = Conversation(5, 3, 2, None, 0)
+    at = conversation.state.place(30, [30, 20, 4])
+    q, kv = torch.randn(3, HEADS, 30, DIM), torch.randn(3, KV_HEADS, 30, DIM)
+    conversation.cache.attend(q, kv, kv, at)
+    assert [len(row) == len(set(row)) for row in seen] == [True] * 3
