@@ -771,7 +771,12 @@ ARCHITECTURES = [  # (family, what config.json says instead, None being an absen
     ("step3p5", {"moe_num_experts": None, "n_routed_experts": 3, "moe_top_k": None, "num_experts_per_tok": 2}, {}),
     ("step3p5", {"num_attention_groups": None, "num_key_value_heads": 2, "attention_other_setting": None,
                  "num_sliding_attention_heads": 6}, {}),
+    ("step3p5", {"moe_router_activation": None, "zero_centered": None, "use_rope_layers": []}, {}),
     ("step3_text", {"max_position_embedding": None, "max_position_embeddings": 512}, {}),
+    ("step3_text", {"rope_theta": None, "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}, {}),
+    ("step3_text", {"rope_theta": None, "rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5, **LLAMA3}},
+     {"rope_scaling": {"rope_type": "llama3", **LLAMA3}}),
+    ("step3_text", {"rope_scaling": {"type": "llama3", **LLAMA3}}, {"rope_scaling": {"rope_type": "llama3", **LLAMA3}}),
 ]  # fmt: skip
 
 

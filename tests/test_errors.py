@@ -655,6 +655,21 @@ PRODUCERS = [
             ("a-method-of-tomorrow", "modelopt"),
         )
     ),
+    *(
+        Case(
+            f"step3p5-{key}",
+            {"family": "step3p5", "dialect": "dense", "scheme": "bf16"},
+            config(lambda c, key=key, value=value: c.update({key: value})),
+            file="config.json",
+            words=(key, "variant"),
+        )
+        for key, value in (
+            ("layer_scale", True),
+            ("moe_router_activation", "softmax"),
+            ("zero_centered", False),
+            ("use_rope_layers", [True, False, True]),
+        )
+    ),
     Case(
         "load_in_4bit",
         DENSE,

@@ -5,6 +5,7 @@ Source: transformers 5.23.0 (Step-3.7), run; Step-3.5, MTP and Step3 from vLLM 0
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -79,7 +80,7 @@ STEP3_FIELDS = (
     Field("num_key_value_heads", ("num_attention_groups", "num_key_value_heads"), default=1, kind=int),
     Field("share_q_dim", ("share_q_dim",), kind=int),
     Field("rope_theta", ("rope_theta", "rope_parameters.rope_theta"), kind=(int, float)),
-    Field("rope_scaling", ("rope_scaling",), default=None, kind=dict),
+    Field("rope_scaling", ("rope_scaling", "rope_parameters"), default=None, kind=dict),
 )
 
 SHARED_EXPERT: tuple[Item, ...] = (
@@ -156,10 +157,31 @@ def _common(architecture: dict[str, Any], config: Mapping[str, Any]) -> None:
     architecture["head"] = "tied" if config.get("tie_word_embeddings") else "separate"
 
 
+def _check_variant(text: Mapping[str, Any]) -> None:
+    """Refuse what changes the network without changing its tensors, and no published model has."""
+    rope = text.get("use_rope_layers")
+    for key, expected, known in (
+        ("layer_scale", "false", not text.get("layer_scale")),
+        ("moe_router_activation", "sigmoid", text.get("moe_router_activation") in (None, "sigmoid")),
+        ("zero_centered", "true", text.get("zero_centered") in (None, True)),
+        ("use_rope_layers", "rotary positions in every layer", rope is None or (isinstance(rope, list) and all(rope))),
+    ):
+        if not known:
+            found = json.dumps(text[key])
+            raise ConvertError(Problem("config.json", key, expected, f"{found:.60}", "this variant is not supported"))
+
+
+def _finish_step3(architecture: dict[str, Any], config: Mapping[str, Any]) -> None:
+    _common(architecture, config)
+    scaling = architecture["rope_scaling"] or {}
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    fields = {key: value for key, value in scaling.items() if key not in ("rope_theta", "type")}
+    architecture["rope_scaling"] = None if kind == "default" else fields | {"rope_type": kind}
+
+
 def _finish_step3p5(architecture: dict[str, Any], config: Mapping[str, Any]) -> None:
     _common(architecture, config)
-    if architecture["layer_scale"]:
-        raise ConvertError(Problem("config.json", "layer_scale", "false", "true", "this variant is not supported"))
+    _check_variant(text_config(STEP3P5, config))
     count, drafts = architecture["num_hidden_layers"], architecture["num_nextn_predict_layers"]
     types = list(architecture["layer_types"] or ["full_attention"] * count)
     types += list(text_config(STEP3P5, config).get("mtp_layer_types") or [])
@@ -250,7 +272,7 @@ STEP3 = Family(
     text_keys=("text_config",),
     names=NAMES,
     fields=STEP3_FIELDS,
-    finish=_common,
+    finish=_finish_step3,
     dimensions=_step3_dimensions,
     parts=(
         trunk({"dense": (*FACTORISED, *MLP), "sparse": (*FACTORISED, *MOE)}, "mlp_layer_types"),
