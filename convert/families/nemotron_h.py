@@ -39,7 +39,7 @@ FIELDS = (
     Field("n_groups", ("n_groups", "mamba_n_groups", "mamba_num_groups"), kind=int),
     Field("conv_kernel", ("conv_kernel", "mamba_d_conv"), default=4, kind=int),
     Field("use_conv_bias", ("use_conv_bias", "mamba_conv_bias"), default=True, kind=bool),
-    Field("mamba_bias", ("mamba_proj_bias", "use_bias"), default=False, kind=bool),
+    Field("mamba_bias", ("use_bias", "mamba_proj_bias"), default=False, kind=bool),
     Field("time_step_limit", ("time_step_limit", "mamba_dt_limit"), default=(0.0, None), kind=(list, tuple)),
     Field("n_routed_experts", ("n_routed_experts", "num_experts", "num_local_experts"), default=0, kind=int),
     Field("num_experts_per_tok", ("num_experts_per_tok",), default=0, kind=int),
