@@ -24,15 +24,15 @@ class ChatTokenizer:
     def __init__(self, directory: str | Path) -> None:
         from tokenizers import Tokenizer
 
-        self._directory = Path(directory)
-        file = self._directory / "tokenizer.json"
+        self.directory = Path(directory)
+        file = self.directory / "tokenizer.json"
         if not file.is_file():
             raise LoadError(f"{file}: expected a tokenizer, found none; copy it there, or pass token ids")
         try:
             self._tokenizer = Tokenizer.from_file(str(file))
         except Exception as error:  # the library raises plain Exception
             raise LoadError(f"{file}: expected a tokenizer, found {error}; copy the file again") from None
-        self._config = read_object(self._directory / "tokenizer_config.json")
+        self._config = read_object(self.directory / "tokenizer_config.json")
 
     def encode(self, text: str, special: bool = True) -> list[int]:
         """Ids of `text`.  `special`: with the special tokens that the tokenizer's post-processor adds.
@@ -63,6 +63,11 @@ class ChatTokenizer:
         added = self._tokenizer.get_added_tokens_decoder()
         return next((token for token, entry in added.items() if entry.special and entry.content == text), None)
 
+    def named_id(self, name: str) -> int | None:
+        """The id of a special token by its name in `tokenizer_config.json`, such as `eos_token`, or None."""
+        text = _text_of(self._config.get(name))
+        return None if text is None else self._tokenizer.token_to_id(text)
+
     def vocabulary(self) -> dict[str, int]:
         """Every token with its id."""
         return dict(self._tokenizer.get_vocab(with_added_tokens=True))
@@ -88,7 +93,7 @@ class ChatTokenizer:
             raise
         except Exception as error:  # the template is a program of the checkpoint: it may fail in any way
             raise LoadError(
-                f"{self._directory}: expected the chat template to accept the messages, found {error}; use a plain prompt"
+                f"{self.directory}: expected the chat template to accept the messages, found {error}; use a plain prompt"
             ) from None
 
     def encode_chat(self, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any] | None = None) -> list[int]:
@@ -101,15 +106,12 @@ class ChatTokenizer:
         `declared`: `eos_token_id` of the architecture.  To it come those of `generation_config.json` and the
         `eos_token` of `tokenizer_config.json`: a base model's config often lacks the token that ends a chat turn.
         """
-        return declared_eos_ids(self._directory, declared) | {
-            token
-            for text in [_text_of(self._config.get("eos_token"))]
-            if text is not None and (token := self._tokenizer.token_to_id(text)) is not None
-        }
+        own = self.named_id("eos_token")
+        return declared_eos_ids(self.directory, declared) | ({own} if own is not None else frozenset())
 
     def chat_template(self) -> str:
         """The Jinja template of the checkpoint.  Raises `LoadError` when there is none."""
-        file = self._directory / "chat_template.jinja"
+        file = self.directory / "chat_template.jinja"
         if file.is_file():
             return file.read_text(encoding="utf-8")
         template = self._config.get("chat_template")
@@ -118,7 +120,7 @@ class ChatTokenizer:
             template = named.get("default")
         if not isinstance(template, str):
             raise LoadError(
-                f"{self._directory}: expected chat_template.jinja, or a chat_template in tokenizer_config.json, found "
+                f"{self.directory}: expected chat_template.jinja, or a chat_template in tokenizer_config.json, found "
                 "none; use a plain prompt"
             )
         return template
