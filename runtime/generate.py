@@ -6,7 +6,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from runtime.decode import Drawn
     from runtime.models.base import CausalLM
     from runtime.sampling import Sampling
+    from runtime.speculate import Counts
     from runtime.tokenizer import ChatTokenizer
 
 MAX_NEW_TOKENS = 128
@@ -47,6 +48,8 @@ class Settings:
     eos_ids: frozenset[int]
     stop: tuple[str, ...]
     logprobs: int | None
+    guesses: int | None = None  # per call, with speculation
+    counts: Counts | None = None  # how speculation went
 
 
 def _token_ids(context: click.Context, parameter: click.Parameter, value: str | None) -> list[int] | None:
@@ -77,6 +80,16 @@ def _stops(context: click.Context, parameter: click.Parameter, values: tuple[str
     if "" in values:
         raise click.BadParameter("expected text that is not empty")
     return values
+
+
+def _speculation(context: click.Context, parameter: click.Parameter, value: str | None) -> int | None:
+    """Guesses per call; 0: as many as there are draft heads."""
+    if value is None:
+        return None
+    kind, _, count = value.partition(":")
+    if kind != "mtp" or (count and not count.isdecimal()) or value.endswith(":") or count == "0":
+        raise click.BadParameter("expected mtp, or mtp:N with N guesses of 1 or more")
+    return int(count or 0)
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -114,6 +127,12 @@ def _stops(context: click.Context, parameter: click.Parameter, values: tuple[str
 @click.option("--seed", type=click.IntRange(min=0, max=2**63 - 1), help="Repeat a draw; default: a new one each time.")
 @device_option
 @activations_option
+@click.option(
+    "--speculate",
+    callback=_speculation,
+    metavar="mtp[:N]",
+    help="Let the checkpoint's draft heads guess N tokens per call: the same text, sooner.  Prompts run one at a time.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object at the end instead of streaming.")
 @click.option(
     "--logprobs",
@@ -147,6 +166,7 @@ def main(
     seed: int | None,
     device: str | None,
     activations: str,
+    speculate: int | None,
     as_json: bool,
     logprobs: int | None,
     show_stats: bool,
@@ -194,7 +214,7 @@ def main(
     from runtime.loader import load_model
 
     with _open_output(output, prompt_file) as file:
-        model = load_model(out, device=device, activations=activations)
+        model = load_model(out, device=device, activations=activations, drafts=speculate is not None)
         loaded = time.perf_counter()
         ends = model.architecture.eos_token_id
         eos_ids = tokenizer.eos_ids(ends) if tokenizer else declared_eos_ids(out, ends)
@@ -204,11 +224,14 @@ def main(
             frozenset() if ignore_eos else eos_ids,
             stop,
             logprobs,
+            *_guesses(model, speculate),
         )
         if prompt_file is not None:
             stats = _answer_all(model, tokenizer, prompts, ids, settings, batch_size, file)
         else:
             stats = _answer_one(model, tokenizer, ids[0], settings, as_json, loaded - started)
+    if settings.counts:
+        stats |= {"guessed": settings.counts.guessed, "kept": settings.counts.kept}
     if show_stats:
         stats = {"load_s": round(loaded - started, 4)} | stats | {"peak_memory_mb": round(peak_memory_mb(model.device), 1)}
         click.echo(" ".join(f"{name}={value}" for name, value in stats.items()), err=True)
@@ -267,12 +290,39 @@ def _open_output(output: str | None, prompt_file: str | None) -> Any:
         raise click.UsageError(f"--output {output}: {error.strerror}") from None
 
 
+def _guesses(model: CausalLM, asked: int | None) -> tuple[int | None, Counts | None]:
+    """Guesses per call, and what counts them."""
+    if asked is None:
+        return None, None
+    from runtime.speculate import Counts, check_ahead
+
+    guesses = asked or len(model.drafts)
+    try:
+        check_ahead(model, guesses)
+    except ValueError as error:
+        raise click.UsageError(f"--speculate mtp:{guesses}: {error}") from None
+    return guesses, Counts()
+
+
 def _draw(model: CausalLM, ids: Sequence[int], settings: Settings) -> Iterator[Drawn]:
     """The tokens that follow one prompt, from whatever makes them."""
     import torch
 
     from runtime.decode import Decoding
 
+    if settings.guesses is not None:
+        from runtime.speculate import speculate
+
+        return speculate(
+            model,
+            torch.tensor(ids),
+            settings.sampling,
+            settings.max_new_tokens,
+            settings.guesses,
+            settings.eos_ids,
+            settings.logprobs,
+            settings.counts,
+        )
     decoding = Decoding(
         model, [torch.tensor(ids)], settings.sampling, settings.max_new_tokens, settings.eos_ids, logprobs=settings.logprobs
     )
@@ -357,6 +407,12 @@ def _answer_batch(
     limits = [prompt.max_new_tokens or settings.max_new_tokens for prompt in prompts]
     stops = [settings.stop if prompt.stop is None else prompt.stop for prompt in prompts]
     answers = [Answer(tokenizer, settings.eos_ids, stop) for stop in stops]
+    if settings.guesses is not None:
+        for answer, row, limit, seed in zip(answers, ids, limits, seeds, strict=True):
+            sampling = replace(settings.sampling, seed=seed)
+            for _ in answer.follow(_draw(model, row, replace(settings, sampling=sampling, max_new_tokens=limit))):
+                pass
+        return answers
     inputs = [torch.tensor(row) for row in ids]
     decoding = Decoding(model, inputs, settings.sampling, limits, settings.eos_ids, seeds, settings.logprobs)
     answer_together(decoding, answers)

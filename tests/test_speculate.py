@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import random
+import subprocess
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -211,3 +214,43 @@ def test_logprobs_are_those_of_the_trunk(tmp_path: Path) -> None:
     for one, row in zip(drawn, logits.double().log_softmax(-1), strict=True):
         assert one.logprob == pytest.approx(float(row[one.token]), abs=1e-4)
         assert [token for token, _ in one.top] == row.topk(2).indices.tolist()
+
+
+def generate(out: Path, *options: str) -> Any:
+    """`python -m runtime.generate OUT --prompt-ids ... --json` in a process of its own."""
+    ids_option = ["--prompt-ids", ",".join(map(str, PROMPT))] if "--prompt-file" not in options else []
+    command = [sys.executable, "-m", "runtime.generate", str(out), *ids_option, *options]
+    return subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
+
+
+def test_command_speculates(tmp_path: Path) -> None:
+    out = converted(tmp_path, "qwen3_5", mtp=True)
+    options = ("--json", "--device", "cpu", "--max-new-tokens", "15", "--ignore-eos")
+    plain, fast = generate(out, *options), generate(out, *options, "--speculate", "mtp:3")
+    assert fast.returncode == 0, fast.stderr
+    assert json.loads(fast.stdout)["token_ids"] == json.loads(plain.stdout)["token_ids"]
+
+    lines = [{"prompt_ids": PROMPT[:n], "id": n, "max_new_tokens": 4 + n} for n in (7, 2, 5)]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    files = ("--prompt-file", str(tmp_path / "prompts.jsonl"), "--device", "cpu", "--ignore-eos")
+    both = [generate(out, *files, "--seed", "5", *more) for more in ((), ("--speculate", "mtp"))]
+    assert both[0].returncode == both[1].returncode == 0, both[1].stderr
+    assert both[0].stdout == both[1].stdout
+    assert [len(json.loads(line)["token_ids"]) for line in both[1].stdout.splitlines()] == [11, 6, 9]
+
+
+@pytest.mark.parametrize(
+    ("family", "value", "code", "message"),
+    [
+        ("qwen3_5", "eagle", 2, "expected mtp"),
+        ("qwen3_5", "mtp:", 2, "expected mtp"),
+        ("qwen3_5", "mtp:0", 2, "expected mtp"),
+        ("qwen3", "mtp", 1, "draft heads"),
+    ],
+)
+def test_command_refuses_what_it_cannot_guess(family: str, value: str, code: int, message: str, tmp_path: Path) -> None:
+    out = converted(tmp_path, family, **({} if family == "qwen3" else {"mtp": True}))
+    found = generate(out, "--device", "cpu", "--speculate", value)
+    assert found.returncode == code
+    assert message in found.stderr
+    assert len(found.stderr.strip().splitlines()) == 1

@@ -350,7 +350,7 @@ class NemotronH(CausalLM):
     def build_drafts(self, architecture: NemotronHArchitecture, build: LayerBuilder) -> tuple[Draft, ...]:
         """As many as the checkpoint has; all are built alike."""
         a = architecture
-        if a.num_nextn_predict_layers == 0:
+        if "mtp" not in build.config.carried or a.num_nextn_predict_layers == 0:
             return ()
         heads, kinds = a.num_nextn_predict_layers, [k.removeprefix("start_").removesuffix("_end") for k in a.mtp_layer_types]
         if kinds.count("attention") != heads or not {*kinds} <= {"attention", "moe", "latent_moe"}:

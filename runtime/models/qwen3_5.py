@@ -219,10 +219,10 @@ class HybridLM(CausalLM):
 
     def build_drafts(self, architecture: HybridArchitecture, build: LayerBuilder) -> tuple[Draft, ...]:
         """One head; published models have no more."""
-        if architecture.mtp_num_hidden_layers == 0:
+        if "mtp" not in build.config.carried:
             return ()
-        if architecture.mtp_num_hidden_layers > 1:
-            raise refused("mtp_num_hidden_layers", "0 or 1", architecture.mtp_num_hidden_layers)
+        if architecture.mtp_num_hidden_layers != 1:
+            raise refused("mtp_num_hidden_layers", "1, as there is a draft head", architecture.mtp_num_hidden_layers)
         self.mtp = MTP(architecture, build, self.build_mlp(architecture, build, "mtp.layers.0.mlp"))
         return (self.mtp,)
 
