@@ -196,7 +196,8 @@ def main(
     variables = template_var | ({} if thinking is None else {"enable_thinking": thinking})
     device = import_torch(device)
     started = time.perf_counter()
-    tokenizer = _open_tokenizer(out, any(one.needs_tokenizer for one in prompts))
+    stops = bool(stop) or any(one.stop for one in prompts)
+    tokenizer = _open_tokenizer(out, stops or any(one.needs_tokenizer for one in prompts))
     try:
         ids = _encode(out, prompts, tokenizer, Chat(chat, system, variables))
     except InputError as error:
@@ -247,7 +248,7 @@ def _read(prompt: str | None, prompt_ids: list[int] | None, messages: str | None
 
 
 def _open_tokenizer(directory: str, required: bool) -> ChatTokenizer | None:
-    """The tokenizer, or None where raw ids need none and there is none."""
+    """The tokenizer, or None where it is not required and there is none."""
     from runtime.tokenizer import ChatTokenizer
 
     try:

@@ -51,6 +51,7 @@ def run(*args: object, stdin: bytes = b"", module: str = "runtime.generate") -> 
     """Run the command in this process; an exception would be a traceback for a user, and passes through."""
     stdout, stderr = io.StringIO(), io.StringIO()
     before = sys.argv, sys.stdin
+    sys.modules.pop(module, None)  # which the test of the README's commands imports
     sys.argv, sys.stdin = [module, *map(str, args)], io.TextIOWrapper(io.BytesIO(stdin))
     code: int | str | None = 0
     try:
@@ -423,6 +424,14 @@ USAGE: dict[str, tuple[list[object], str]] = {
 @pytest.mark.parametrize(("arguments", "message"), USAGE.values(), ids=USAGE)
 def test_wrong_usage_is_one_line(arguments: list[object], message: str, out: Path) -> None:
     refused(run(out, *arguments, stdin=b'{"prompt": "a"}'), 2, message)
+
+
+def test_stop_strings_need_a_tokenizer(tmp_path: Path) -> None:
+    write(tmp_path, tiny_qwen3())
+    refused(run(tmp_path, "--prompt-ids", "1", "--stop", "x"), 1, "tokenizer.json: expected a tokenizer")
+    line = b'{"prompt_ids": [1], "stop": "x"}'
+    refused(run(tmp_path, "--prompt-file", "-", stdin=line), 1, "tokenizer.json: expected a tokenizer")
+    assert run(tmp_path, "--prompt-file", "-", "--max-new-tokens", 1, stdin=b'{"prompt_ids": [1]}').code == 0
 
 
 def test_bytes_that_are_no_text_are_wrong_usage(out: Path) -> None:
