@@ -22,7 +22,7 @@ from runtime.format import CONFIG_FILE, INDEX_FILE, REPORT_FILE
 
 from .apply import count_zeros, find_fault, mean, transform
 from .digests import file_digest
-from .errors import ConvertError, MachineError, Problem
+from .errors import ORIGINAL, ConvertError, MachineError, Problem
 from .ops import CHECKS, Step
 from .plan import Plan
 from .planner import DEFAULT_SHARD_SIZE, plan_source
@@ -111,6 +111,7 @@ def check_values(plan: Plan, files: _Files) -> int:
     Raises `ConvertError` with all faults found.
     """
     problems: list[Problem] = []
+    experts: dict[str, dict[int, tuple[TensorInfo, str, str]]] = {}  # stack -> expert -> its fault
     zeros = 0
     norms: list[tuple[TensorInfo, float]] = []
     for step in plan.steps:
@@ -124,16 +125,27 @@ def check_values(plan: Plan, files: _Files) -> int:
             info = plan.source.tensors[term.source].rows(term.rows)
             data = files.read(info)
             found = find_fault(step.check, data, info.dtype, term.transform)
-            if found:
+            if found and term.rows is None:
                 problems += _fault(info, step.check, found).problems
+            elif found and term.rows is not None:  # a stack of experts: a step takes all at once, or one after another
+                stack = plan.source.tensors[term.source]
+                for e in range(*term.rows):
+                    one = find_fault(step.check, files.read(stack.rows((e, e + 1))), info.dtype, term.transform)
+                    if one:
+                        experts.setdefault(info.name, {}).setdefault(e, (stack, step.check, one))
             zeros += count_zeros(step.check, data, info.dtype)
+    for faults in experts.values():
+        first = min(faults)
+        info, check, found = faults[first]
+        found += f" in expert {first}" + (f", the first of {len(faults)} such experts" if len(faults) > 1 else "")
+        problems += _fault(info, check, found).problems
     if norms and all(SHIFTED_NORM[0] < value < SHIFTED_NORM[1] for _, value in norms):
         info, value = norms[0]
         problems.append(
             Problem(
                 info.file, info.name, "norm weights around 0, to which the model adds 1",
                 f"{value:.2f} on average, and around 1 in all {len(norms)} norms: 1 is added already",
-                "subtract 1 from them, or take the checkpoint of the original publisher",
+                f"an MLX repack stores them so: subtract 1 from them, or {ORIGINAL}",
             )
         )
     if problems:
