@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+ORIGINAL = "take the checkpoint of the original publisher"
 SHOWN_PROBLEMS = 10  # one run gives one list, but a screenful at most
 
 

@@ -28,7 +28,7 @@ from .collector import collector_paused
 from .describe import name_repairs, value_repairs
 from .dialects import DIALECTS, find_configs, refused
 from .dialects.base import DENSE, SCALAR, Encoding, Module, Rules, regexes_limited
-from .errors import ConvertError, Problem
+from .errors import ORIGINAL, ConvertError, Problem
 from .families import detect_family
 from .families.base import (
     Family,
@@ -53,6 +53,7 @@ from .ops import Step, Term, coalesce, term_nbytes
 from .plan import Dropped, Plan
 from .recognise import INCOMPLETE, Recognised, Settled, Stack, disagreements, encodings_for, recognise, settle, sibling
 from .source import MAX_LAYERS, Source, TensorInfo, read_source
+from .spelling import Spelling
 
 DEFAULT_SHARD_SIZE = 5_000_000_000
 QUANT_KEYS = ("quantization_config", "compression_config", "quantization")
@@ -72,6 +73,8 @@ CHECK_OF: Mapping[tuple[str, str], str] = {
     ("mxfp4", "weight_scale"): "e8m0_scale",
 }
 CHECK_OF_ROLE: Mapping[str, str] = {"input_scale": "scale", "pre_quant_scale": "scale"}
+
+CHANNELS_LAST = f"these are the axes of MLX, whose repacks also change norms: {ORIGINAL}"
 
 Shards = tuple[str, tuple[tuple[str, int | None], ...]]  # name of a stored projection, its partitions
 SUFFIXES = frozenset(t.suffix for d in DIALECTS for e in d.encodings for t in e.tensors)
@@ -160,6 +163,7 @@ class _Planner:
     recognised: dict[Any, Recognised] = field(default_factory=dict)
     files_near: dict[str, str] = field(default_factory=dict)
     spelling_of_root: dict[str, str] = field(default_factory=dict)
+    spelling: Spelling | None = None
     wrapped: dict[str, Wrapped] = field(default_factory=dict)
 
     # -- names ------------------------------------------------------------------------------------------------------
@@ -201,9 +205,21 @@ class _Planner:
         """Note one problem with a stored tensor."""
         self.problems.append(Problem(info.file, info.name, expected, found, remedy))
 
-    def missing(self, name: str, expected: str) -> None:
+    def missing(self, name: str, expected: str, beside: Iterable[str] = ()) -> None:
         """Note a tensor that the architecture needs and no file has, under the name the checkpoint would use for it."""
-        self.problems.append(Problem(self.near_file(name), self.stored_spelling(name), expected, "no such tensor", INCOMPLETE))
+        spelt = (self.spelling or self.spell()).of(name, beside)
+        self.problems.append(Problem(self.near_file(name), spelt, expected, "no such tensor", INCOMPLETE))
+
+    def missing_stack(self, placed: Placed, siblings: Sequence[Placed]) -> None:
+        """Note that a layer has nothing of a stack of experts, under the name that this checkpoint gives to one."""
+        file = self.near_file(placed.name)
+        for name, expected in (self.spelling or self.spell()).of_stack(placed, siblings):
+            self.problems.append(Problem(file, name, expected, "no such tensor", INCOMPLETE))
+
+    def spell(self) -> Spelling:
+        """Learn how this checkpoint spells names; only errors need it."""
+        self.spelling = Spelling(self.by_name, self.stored_spelling)
+        return self.spelling
 
     def near_file(self, name: str) -> str:
         """The file where a missing tensor would be: that of its nearest relative in the tree of names."""
@@ -318,7 +334,10 @@ class _Planner:
             fits = info.shape == weight.shape[:1]
         if not fits or info.dtype not in item.dtypes:
             expected = f"{'/'.join(item.dtypes)} {list(placed.shape) if placed.shape is not None else 'of any shape'}"
-            self.problem(info, expected, f"{info.dtype} {list(info.shape)}", "the tensor does not fit config.json")
+            swapped = (*info.shape[:1], *info.shape[:0:-1])
+            channels_last = len(info.shape) == 3 and placed.shape == swapped
+            remedy = CHANNELS_LAST if channels_last else "the tensor does not fit config.json"
+            self.problem(info, expected, f"{info.dtype} {list(info.shape)}", remedy)
             return
         check = "zero_centred" if item.zero_centred else ""
         self.steps.append(Step(placed.name, info.dtype, info.shape or (1,), (Term(info.name),), check))
@@ -326,6 +345,11 @@ class _Planner:
     def linear(self, placed: Placed, item: Linear) -> None:
         """Plan a linear: gather its stored projections, then emit it fused, or separately where schemes differ."""
         shards = self.stored_shards(placed, item, "")
+        if item.interleaved and not any(name in self.by_module for name, _ in shards):
+            for info in self.by_module.pop(placed.name, {}).values():
+                apart = " and ".join(name.rpartition(".")[2] for name, _ in shards)
+                self.problem(info, f"{apart}, each with its tensors", f"{info.dtype} {list(info.shape)}", item.interleaved)
+                return
         stored = [self.shard(placed, item, name, partitions) for name, partitions in shards]
         parts = [s for s in stored if s is not None]
         if len(parts) < len(stored):
@@ -346,7 +370,7 @@ class _Planner:
         shards = [(below + name.rpartition(".")[2], partitions) for name, partitions in placed.shards]
         whole = below + placed.name.rpartition(".")[2]
         present = self.by_module.get(whole, {})
-        if item.whole and len(shards) > 1 and not present.keys().isdisjoint(("weight", "weight_packed")):
+        if len(shards) > 1 and not present.keys().isdisjoint(("weight", "weight_packed")) and not item.interleaved:
             return [(whole, tuple(p for _, partitions in shards for p in partitions))]
         return shards
 
@@ -358,6 +382,9 @@ class _Planner:
         count = placed.experts or 0
         one_by_one = any(f"{placed.parent}.{e}.{n.rpartition('.')[2]}" in self.by_module
                          for e in range(min(count, 8)) for n, _ in (*placed.shards, (placed.name, ())))  # fmt: skip
+        if not one_by_one and not any(name in self.by_module for name in (placed.name, *(n for n, _ in placed.shards))):
+            self.missing_stack(placed, siblings)
+            return
         rows: list[list[_Stored]] = []  # [expert][projection]
         complete = True
         if one_by_one:
@@ -445,7 +472,8 @@ class _Planner:
         if not item.bias and "bias" in tensors and placed.part.carried:
             self.by_module[name]["bias"] = tensors.pop("bias")  # a parameter of its own in a tower's table
         if not tensors:
-            self.missing(f"{name}.weight", f"a weight of {list(shape)}" if shape else "a weight")
+            siblings = [n for n, _ in placed.shards]
+            self.missing(f"{name}.weight", f"a weight of {list(shape)}" if shape else "a weight", siblings)
             return None
         first = next(iter(tensors.values()))
         spelling, _, last = first.name.rpartition(".")

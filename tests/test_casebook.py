@@ -190,6 +190,13 @@ def shift_norms(stored: dict[str, Raw]) -> None:
             stored[name] = raw(tensor.dtype, tensor.floats() + 1)
 
 
+def shift_norms_alone(stored: dict[str, Raw]) -> None:
+    """The same with conv1d as it was."""
+    kept = {name: tensor for name, tensor in stored.items() if name.endswith("conv1d.weight")}
+    shift_norms(stored)
+    stored.update(kept)
+
+
 def lost_drafts(built: Built) -> None:
     """What save_pretrained does to Qwen3.5: the config declares the MTP head, no tensor is left."""
     lose(r"^mtp\.")(built)
@@ -813,9 +820,16 @@ CASES = [
     ),
     # -- conventions of values
     Case(
+        "norms-alone-shifted-by-one", "ml-explore/mlx-lm#1623",
+        "as the next case, and a tool put the axes of conv1d right again: only the values show it",
+        NVFP4, Refused("input_layernorm.weight: expected norm weights around 0 ... 1 is added already; an MLX repack"),
+        tensors(shift_norms_alone),
+    ),
+    Case(
         "norms-shifted-by-one", "ml-explore/mlx-lm#1623",
         "an MLX repack: norms hold 1 + w, and conv1d, whose axes were exchanged in the same pass, shows it",
-        NVFP4, Refused(f"{GDN}.conv1d.weight: expected ... [160, 1, 4], found BF16 [160, 4, 1]"), tensors(shift_norms),
+        NVFP4, Refused(f"{GDN}.conv1d.weight: expected ... [160, 1, 4], found BF16 [160, 4, 1]; these are the axes of MLX"),
+        tensors(shift_norms),
     ),
 ]  # fmt: skip
 

@@ -884,6 +884,24 @@ HOSTILE = [
             put("model.layers.0.linear_attn.in_proj_qkvz.weight", raw("BF16", np.ones((256, 64)))),
         ),
         tensor="model.layers.0.linear_attn.in_proj_qkvz.weight",
+        words=("in_proj_qkv and in_proj_z", "Qwen3-Next", "interleaved by key group", "split safely"),
+    ),
+    Case(
+        "interleaved-in_proj_ba",
+        DENSE,
+        both(
+            drop("model.layers.0.linear_attn.in_proj_b.weight", "model.layers.0.linear_attn.in_proj_a.weight"),
+            put("model.layers.0.linear_attn.in_proj_ba.weight", raw("BF16", np.ones((8, 64)))),
+        ),
+        tensor="model.layers.0.linear_attn.in_proj_ba.weight",
+        words=("in_proj_b and in_proj_a", "Qwen3-Next"),
+    ),
+    Case(
+        "channels-last",
+        FP8,
+        zeros("model.layers.0.linear_attn.conv1d.weight", "BF16", 160, 4, 1),
+        tensor="model.layers.0.linear_attn.conv1d.weight",
+        words=("[160, 1, 4]", "[160, 4, 1]", "MLX", "original publisher"),
     ),
     Case(
         "regex-that-never-ends",

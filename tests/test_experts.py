@@ -589,3 +589,90 @@ def test_layouts_are_tested() -> None:
     """Every dialect and every stacked layout occurs above."""
     assert {dialect for _, dialect, _, _ in SAME} == {dialect for dialect, _ in RECIPES}
     assert {layout for layout, *_ in WRAPPED} == set(LAYOUTS)
+
+
+def lose(below: str) -> Callable[[dict[str, Raw]], object]:
+    """Remove every tensor one of whose last two segments begins with `below`."""
+
+    def change(stored: dict[str, Raw]) -> None:
+        gone = [name for name in stored if any(part.startswith(below) for part in name.split(".")[-2:])]
+        assert gone
+        for name in gone:
+            del stored[name]
+
+    return change
+
+
+LOST = {  # id: (options, what is lost, name and expectation of the first missing tensor)
+    "stacked": ({"layout": "X2"}, "down_proj", "experts.down_proj: expected experts of [3, 64, 96]"),
+    "stacked-first": ({"layout": "X2"}, "gate_up_proj", "experts.gate_up_proj: expected experts of [3, 192, 64]"),
+    "transposed": ({"layout": "X3"}, "down_proj", "experts.down_proj: expected experts of [3, 64, 96]"),
+    "engine": ({"layout": "X8"}, "w2", "experts.w2_weight: expected experts of [3, 64, 96]"),
+    "engine-routed": ({"layout": "X8-routed"}, "w13", "experts.routed_experts.w13_weight: expected experts of [3, 192, 64]"),
+    "by-projection": ({"family": "step3p5", "layout": "X4"}, "up_proj", "model.layers.1.moe.up_proj.weight: expected"),
+    "one-by-one": ({}, "down_proj", "experts.0.down_proj.weight: expected a weight of [64, 96], as each of 3 experts has"),
+}
+
+
+@pytest.mark.parametrize("scheme", [("dense", "bf16"), ("modelopt", "nvfp4")], ids="-".join)
+@pytest.mark.parametrize(("options", "lost", "says"), LOST.values(), ids=LOST)
+def test_lost_stacks_under_their_own_names(
+    options: dict[str, Any], lost: str, says: str, scheme: tuple[str, str], tmp_path: Path
+) -> None:
+    """A projection that all layers, or one, lack is named as this checkpoint would name it."""
+    made = {"family": "qwen3_5_moe", "dialect": scheme[0], "scheme": scheme[1], **options}
+    build(tmp_path / "in", **made)
+    edit_tensors(tmp_path / "in", lose(lost))
+    with pytest.raises(convert.ConvertError) as caught:
+        convert.plan_conversion(tmp_path / "in")
+    assert any(says in str(problem) for problem in caught.value.problems), caught.value
+
+
+def test_a_layer_without_experts(tmp_path: Path) -> None:
+    """The other layer shows how they would be called."""
+    build(tmp_path / "in", family="qwen3_5_moe", dialect="modelopt", scheme="nvfp4", layout="X8-routed")
+    experts = "model.layers.1.mlp.experts"
+    edit_tensors(tmp_path / "in", lambda stored: [stored.pop(n) for n in list(stored) if n.startswith(experts)])
+    with pytest.raises(convert.ConvertError) as caught:
+        convert.plan_conversion(tmp_path / "in")
+    assert [problem.tensor for problem in caught.value.problems] == [
+        f"model.layers.1.mlp.experts.routed_experts.{name}_weight" for name in ("w13", "w2")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("family", "names"),
+    [
+        ("qwen3_5_moe", ["model.layers.0.mlp.experts.gate_up_proj", "model.layers.0.mlp.experts.down_proj"]),
+        ("qwen3_moe", [f"model.layers.0.mlp.experts.0.{p}_proj.weight" for p in ("gate", "up", "down")]),
+        ("step3p5", [f"model.layers.1.moe.{p}_proj.weight" for p in ("gate", "up", "down")]),
+    ],
+)
+def test_a_checkpoint_without_experts(family: str, names: list[str], tmp_path: Path) -> None:
+    """Nothing shows how they would be called: they are named as the family's own checkpoints do."""
+    build(tmp_path / "in", family=family, dialect="modelopt", scheme="nvfp4")
+    edit_tensors(tmp_path / "in", lambda stored: [stored.pop(n) for n in list(stored) if "experts" in n.split(".")])
+    with pytest.raises(convert.ConvertError) as caught:
+        convert.plan_conversion(tmp_path / "in")
+    layer = names[0].split(".")[2]
+    assert [p.tensor for p in caught.value.problems if p.tensor.split(".")[2] == layer] == names
+
+
+@pytest.mark.parametrize("scales", ["expert", "each"])
+@pytest.mark.parametrize(("bad", "says"), [((1,), "in expert 1;"), ((1, 2), "in expert 1, the first of 2 such experts;")])
+def test_a_fault_in_a_stack_is_one_line(scales: str, bad: tuple[int, ...], says: str, tmp_path: Path) -> None:
+    """However many experts have it, and however often their scale is used."""
+    build(tmp_path / "in", family="qwen3_5_moe", dialect="modelopt", scheme="nvfp4", layout="X2", expert_scales=scales)
+    name = "model.layers.1.mlp.experts.gate_up_proj_weight_scale_2"
+
+    def damage(stored: dict[str, Raw]) -> None:
+        values = stored[name].floats().copy()
+        values[list(bad)] = np.nan
+        stored[name] = raw("F32", values)
+
+    edit_tensors(tmp_path / "in", damage)
+    with pytest.raises(convert.ConvertError) as caught:
+        convert.convert_checkpoint(tmp_path / "in", tmp_path / "out")
+    (line,) = str(caught.value).splitlines()
+    assert name in line
+    assert says in line

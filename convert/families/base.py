@@ -47,7 +47,7 @@ class Linear:
     name     canonical path of the (fused) module, relative to its layer
     columns  size of K
     shards   stored projections in the order in which they are fused
-    whole    whether a source may hold the fused module itself (engines' dumps), in exactly this order
+    interleaved  why a source's own fused module (engines' dumps) cannot be taken; "" where its rows are in exactly this order
     bias     architecture flag that says whether it has a bias
     linear   whether the class name "Linear" of a config covers it (not so for embeddings)
     experts  size of the stack that it is one of, "" for a single linear.  A source may hold its experts one by one
@@ -59,7 +59,7 @@ class Linear:
     name: str
     columns: Size
     shards: tuple[Shard, ...]
-    whole: bool = True
+    interleaved: str = ""
     bias: str | None = None
     linear: bool = True
     experts: str = ""

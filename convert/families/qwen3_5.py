@@ -40,6 +40,10 @@ FIELDS = (
     Field("mtp_num_hidden_layers", ("mtp_num_hidden_layers",), default=0, kind=int),
 )  # fmt: skip
 
+INTERLEAVED = (
+    "Qwen3-Next gives this name to rows interleaved by key group, which cannot be told from plain ones and split safely: "
+    "take the checkpoint of the original publisher, or one with {shards} apart"
+)
 FINAL_NORM = zero_centred(NORM)
 FULL_MIXER: tuple[Item, ...] = (
     zero_centred(INPUT_NORM),
@@ -55,15 +59,15 @@ FULL_MIXER: tuple[Item, ...] = (
 )  # fmt: skip
 LINEAR_MIXER: tuple[Item, ...] = (
     zero_centred(INPUT_NORM),
-    fused(  # one stored projection, and so one scale, for three partitions.  A stored `in_proj_qkvz` is not taken: Qwen3-Next
-        # uses the same name for rows that are interleaved per key head.
+    fused(  # one stored projection, and so one scale, for three partitions
         "linear_attn.in_proj_qkvz", "hidden",
         ("in_proj_qkv", (("q", "lin_key"), ("k", "lin_key"), ("v", "lin_value"))), ("in_proj_z", (("z", "lin_value"),)),
-        whole=False,
+        interleaved=INTERLEAVED.format(shards="in_proj_qkv and in_proj_z"),
     ),
     fused(
         "linear_attn.in_proj_ba", "hidden",
-        ("in_proj_b", (("b", "lin_heads"),)), ("in_proj_a", (("a", "lin_heads"),)), whole=False,
+        ("in_proj_b", (("b", "lin_heads"),)), ("in_proj_a", (("a", "lin_heads"),)),
+        interleaved=INTERLEAVED.format(shards="in_proj_b and in_proj_a"),
     ),
     Parameter("linear_attn.conv1d.weight", ("lin_conv", 1, "kernel")),
     Parameter("linear_attn.A_log", ("lin_heads",)),
