@@ -20,6 +20,7 @@ from runtime.format import (
     FP8_BLOCK,
     CanonicalConfig,
     ModuleSpec,
+    ceil_div,
     module_tensors,
 )
 
@@ -264,19 +265,22 @@ class _Planner:
                     Problem("config.json", key, f"at most {MAX_LAYERS} layers", f"{declared}", "correct config.json")
                 )
                 declared = None
+            where = f"{part.prefix}.{part.layer_list} that only draft" if part.layer_offset else f"{part.root}.*"
             if part.root in stored:
-                if part.layer_count and not declared:
-                    found = f"{stored[part.root]} layers"
-                    self.note(f"the files have {part.root}.* with {found}, config.json does not declare it")
-                present[part.root] = declared or stored[part.root]
+                # A count of the config may stand for several layers, of the types that it lists.
+                types = len(architecture[part.layer_types]) if part.layer_count and part.layer_types else 0
+                count = max(int(part.drafts), ceil_div(stored[part.root], max(1, types // max(1, declared or 0))))
+                if part.layer_count and (not declared or (part.drafts and count != declared)):
+                    self.note(f"the files have {count} layers of {where}, config.json declares {declared or 'none'}")
+                    declared = count
+                present[part.root] = declared or count
             elif not part.optional:
                 present[part.root] = declared or 0
             elif declared and part.carried:
-                self.note(f"config.json declares {declared} layers of {part.root}.*, the files have none of it")
-        for part in self.family.parts:
-            key = part.layer_count[0].rpartition(".")[2] if part.layer_count else ""
-            if key in architecture and (part.root not in present or not part.layer_types):
-                architecture[key] = present.get(part.root, 0)  # what is stored, not what config.json declares
+                self.note(f"config.json declares {declared} layers of {where}, the files have none of it")
+        keys = {p.layer_count[0].rpartition(".")[2]: present.get(p.root, 0) for p in self.family.parts if p.drafts}
+        if any(architecture[key] != count for key, count in keys.items()):
+            architecture |= resolve_architecture(self.family, config, keys)
         self.settle_head(architecture, present)
         return present
 

@@ -134,6 +134,7 @@ class Part:
     layer_types  architecture key of the list of layer types; without it all layers are of the one type there is
     layer_offset architecture key of the index of its first layer, when its layers continue another part's list
     layer_count  paths in the text config or the whole config that hold the number of layers, when it has its own
+    drafts       it only drafts tokens: it has as many layers as are stored, whatever the config declares
     optional     the model may lack it.   carried   stored for others: a text runtime does not need it
     open         no table: whatever is stored below the root is carried under its own name (towers of other models)
     """
@@ -147,6 +148,7 @@ class Part:
     layer_types: str = ""
     layer_offset: str = ""
     layer_count: tuple[str, ...] = ()
+    drafts: bool = False
     optional: bool = False
     carried: bool = False
     open: bool = False
@@ -253,8 +255,13 @@ def text_config(family: Family, config: Mapping[str, Any]) -> Mapping[str, Any]:
     return config
 
 
-def resolve_architecture(family: Family, config: Mapping[str, Any]) -> dict[str, Any]:
-    """The flat architecture of a checkpoint.  Raises `ConvertError` for facts that are missing or of the wrong kind."""
+def resolve_architecture(
+    family: Family, config: Mapping[str, Any], stored: Mapping[str, Any] = MappingProxyType({})
+) -> dict[str, Any]:
+    """The flat architecture of a checkpoint.  Raises `ConvertError` for facts that are missing or of the wrong kind.
+
+    `stored`: facts that the files show to be other than the config says.
+    """
     text = text_config(family, config)
     architecture: dict[str, Any] = {}
     problems = []
@@ -276,6 +283,7 @@ def resolve_architecture(family: Family, config: Mapping[str, Any]) -> dict[str,
         architecture[fact.name] = value
     if problems:
         raise ConvertError(problems)
+    architecture.update(stored)
     try:
         family.finish(architecture, config)
         family.dimensions(architecture)
@@ -321,6 +329,19 @@ def count_layers(part: Part, names: Iterable[str], offset: int = 0) -> int:
     return max((int(index) + 1 - offset for index in found if index.isdecimal() and len(index) < 6), default=0)
 
 
+def _own_layers(family: Family, part: Part, names: Iterable[str]) -> list[str]:
+    """The names of a part that continues another's list of layers: those of layers with something that only it has."""
+    start = f"{part.prefix}.{part.layer_list}."
+    others = [p for p in family.parts if p.prefix == part.prefix and not p.layer_offset]
+
+    def firsts(parts: Iterable[Part]) -> set[str]:
+        return {i.name.partition(".")[0] for p in parts for items in (p.layers or {}).values() for i in items}
+
+    own = firsts([part]) - firsts(others)
+    below = (n for n in names if n.startswith(start))
+    return [n for n in below if not own.isdisjoint(n[len(start) :].split(".", 2)[1:2])]
+
+
 def present_layers(family: Family, architecture: Mapping[str, Any], names: Collection[str]) -> dict[str, int]:
     """Root of each part that has names below it -> its number of layers by these names."""
     roots = {name.partition(".")[0] for name in names}
@@ -329,7 +350,8 @@ def present_layers(family: Family, architecture: Mapping[str, Any], names: Colle
         offset = architecture[part.layer_offset] if part.layer_offset else 0
         if not part.layer_offset and part.root not in roots:
             continue
-        layers = count_layers(part, names, offset) if part.layers is not None else 0
+        own = _own_layers(family, part, names) if part.layer_offset else names
+        layers = count_layers(part, own, offset) if part.layers is not None else 0
         if layers > 0 or not part.layer_offset:
             present[part.root] = layers
     return present

@@ -229,6 +229,7 @@ FAMILY = Family(
             layers=_mtp_blocks(),
             layer_types="mtp_layer_types",
             layer_count=("num_nextn_predict_layers",),
+            drafts=True,
             optional=True,
             carried=True,
         ),

@@ -141,6 +141,7 @@ def mtp(feed_forward: tuple[Item, ...]) -> Part:
         ),
         layers={"full_attention": layers(feed_forward)["full_attention"]},
         layer_count=("mtp_num_hidden_layers",),
+        drafts=True,
         last=(
             Parameter("norm.weight", ("hidden",)),
             Parameter("embed_tokens.weight", ("vocab", "hidden"), optional=True),

@@ -252,6 +252,7 @@ STEP3P5 = Family(
             layer_types="mtp_layer_kinds",
             layer_offset="num_hidden_layers",
             layer_count=("num_nextn_predict_layers",),
+            drafts=True,
             optional=True,
             carried=True,
         ),
