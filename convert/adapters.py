@@ -37,8 +37,8 @@ from typing import Any
 from runtime.format import DTYPE_BYTES
 
 from .errors import Problem
-from .families.base import Family, Linear, Placed, hub_name, text_config
-from .names import PEFT_LAYER, canonical_name
+from .families.base import Family, Placed, hub_name, text_config
+from .names import PEFT_LAYER, Aliases, canonical_name
 from .source import ADAPTER_CONFIG, Source, TensorInfo
 
 DIRECTORY = "adapter"  # below OUT
@@ -187,15 +187,16 @@ class _Build:
     source: Source
     family: Family
     roots: Mapping[str, str]
+    runs: Aliases
     stacks: Mapping[str, Sequence[Placed]]
-    known: frozenset[str]  # hub paths of everything that the base has
+    known: frozenset[str]  # paths of everything that the base has, as transformers' modules
     fused: frozenset[str]  # those that only exist in OUT or in an engine, not in the model that peft wraps
     problems: list[Problem]
     notes: list[str]
 
     def hub(self, wrapped: Wrapped) -> str | None:
         canonical = canonical_name(wrapped.path, self.family.names)
-        return hub_name(canonical, self.roots) if canonical is not None else None
+        return hub_name(canonical, self.roots, self.runs) if canonical is not None else None
 
     @staticmethod
     def root_as_stored(wrapped: Wrapped, path: str) -> str:
@@ -371,8 +372,11 @@ class _Build:
         parameters = [key for key, m in zip(ranks, modules) if m.parameter]
         singly = any(s.isdecimal() and f"{key.partition(f'.{s}.')[0]}" in self.stacks
                      for key in targets for s in key.split("."))  # fmt: skip
-        if singly and any(isinstance(s.item, Linear) and s.item.export == "stacked" for p in self.stacks.values() for s in p):
-            self.notes.append(f"adapter {name} is of single experts, the model has them stacked: peft 0.21 cannot load it")
+        if singly and not self.family.fuses_adapters:
+            self.notes.append(
+                f"adapter {name} is of single experts, which transformers 5 has stacked: peft 0.21 loads it without them; it "
+                "fits a model whose experts are modules"
+            )
         return {
             "base_model_name_or_path": None,
             "task_type": None,
@@ -399,7 +403,7 @@ class _Build:
         """A key of `alpha_pattern` under hub names; a regular expression or the end of a name stays as it is."""
         plain = key.removeprefix("^").removesuffix("$").replace("\\.", ".")
         canonical = canonical_name(plain.removeprefix(PEFT_PREFIX), self.family.names)
-        return key if canonical is None else re.escape(hub_name(canonical, self.roots))
+        return key if canonical is None else re.escape(hub_name(canonical, self.roots, self.runs))
 
     def parameter_names(self) -> frozenset[str]:
         """Every parameter that a target could mean."""
@@ -454,25 +458,29 @@ def build_adapters(
     if not found:
         return [], [], []
     wrapper = text_config(family, source.config) is not source.config
-    roots = family.hub_roots[0 if wrapper else 1]
+    roots, runs = (family.modules if wrapper else None) or (family.hub_roots[0 if wrapper else 1], {})
+
+    def module_name(name: str) -> str:
+        return hub_name(name, roots, runs)
+
     stacks: dict[str, list[Placed]] = defaultdict(list)
     known: set[str] = set()
     for place in placed:
         if place.experts is not None:
-            stacks[hub_name(place.parent, roots)].append(place)
+            stacks[module_name(place.parent)].append(place)
     fused: set[str] = set()
     for place in placed:
         names = {place.name, *(shard for shard, _ in place.shards)}
-        fused |= {hub_name(n, roots) for n in names} if place.experts is not None else set()
-        fused |= {hub_name(place.name, roots)} if len(place.shards) > 1 else set()
+        fused |= {module_name(n) for n in names} if place.experts is not None else set()
+        fused |= {module_name(place.name)} if len(place.shards) > 1 else set()
     single = [shard for p in placed if p.experts is None for shard, _ in p.shards]
-    for path in (*(hub_name(n, roots).rpartition(".")[0] for n in base), *(hub_name(s, roots) for s in single)):
+    for path in (*(module_name(n).rpartition(".")[0] for n in base), *(module_name(s) for s in single)):
         while path and path not in known:
             known.add(path)
             path = path.rpartition(".")[0]
     problems: list[Problem] = []
     notes: list[str] = []
-    build = _Build(source, family, roots, stacks, frozenset(known), frozenset(fused), problems, notes)
+    build = _Build(source, family, roots, runs, stacks, frozenset(known), frozenset(fused), problems, notes)
     groups: dict[str, list[tuple[Wrapped, TensorInfo]]] = defaultdict(list)
     for name, wrapped in found.items():
         groups[wrapped.adapter].append((wrapped, source.tensors[name]))

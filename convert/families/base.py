@@ -175,6 +175,8 @@ class Family:
     bare           architectures that are saved without a head
     hub_roots      canonical prefix -> prefix on the hub, for a wrapper config and for a text-only config; the longest wins
     hub_runs       inner runs of segments that the hub spells otherwise
+    modules        the same two of transformers' modules, which adapters wrap, where a wrapper's are not called as on the hub
+    fuses_adapters peft turns adapters of single experts into those of the stacks that transformers has
     """
 
     name: str
@@ -190,6 +192,8 @@ class Family:
     bare: frozenset[str]
     hub_roots: tuple[Mapping[str, str], Mapping[str, str]]
     hub_runs: Aliases = field(default_factory=dict)
+    modules: tuple[Mapping[str, str], Aliases] | None = None
+    fuses_adapters: bool = False
 
 
 @dataclass(frozen=True, slots=True)

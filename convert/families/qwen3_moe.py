@@ -69,6 +69,7 @@ FAMILY = Family(
     kv_heads="num_key_value_heads",
     bare=frozenset({"Qwen3MoeModel"}),
     hub_roots=qwen3.FAMILY.hub_roots,
+    fuses_adapters=True,
 )
 
 VL_FAMILY = Family(

@@ -32,6 +32,10 @@ NAMES = NameSpace(
         ("transformer.shared_head.output", "shared_head.head"),
         ("shared_head.output", "shared_head.head"),
         ("mtp_block", ""),
+        ("mlp.experts", "moe.experts"),  # modules of transformers 5
+        ("mlp.gate", "moe.gate"),
+        ("mlp.gate.e_score_correction_bias", "moe.router_bias"),
+        ("mlp.shared_experts", "share_expert"),
     ),
 )
 
@@ -264,6 +268,15 @@ STEP3P5 = Family(
     hub_roots=(HUB, HUB),
     hub_runs=aliases(
         ("shared_head.head", "transformer.shared_head.output"), ("shared_head.norm", "transformer.shared_head.norm")
+    ),
+    modules=(
+        {
+            "model": "model.language_model",
+            "lm_head": "lm_head",
+            "vit_large_projector": "model.multi_modal_projector",
+            **{root: f"model.{root}" for root in TOWERS if root != "vit_large_projector"},
+        },
+        aliases(("moe.experts", "mlp.experts"), ("moe.gate", "mlp.gate"), ("share_expert", "mlp.shared_experts")),
     ),
 )
 
