@@ -484,7 +484,7 @@ class _Planner:
         if last in self.joined and spelling.endswith("experts"):
             spelling += f".{self.joined[last][0]}"
         spellings = (spelling, hub_name(name, self.family.hub_roots[0]), f"language_model.{name}")
-        module = Module(name, spellings, placed.name, item.linear, self.first_expert(placed, name))
+        module = Module(name, spellings, placed.name, item.linear, self.parts_of(placed, name))
         claims = [(r, r.claim(module)) for r in self.rules if not r.silent]
         claimed = next((c.scheme for _, c in claims), None)
         found = self.recognise(tensors, shape, len(partitions), claimed, stack)
@@ -516,13 +516,16 @@ class _Planner:
             self.dropped.append(Dropped(info.name, f"its config says that the input of this module is {use}"))
         return result
 
-    def first_expert(self, placed: Placed, name: str) -> tuple[str, ...]:
-        """Names of the first expert's projections: configs that name one expert, or each, mean them for a stack too."""
+    def parts_of(self, placed: Placed, name: str) -> tuple[str, ...]:
+        """Names of the projections that a stored module holds: configs that name those mean it too.
+
+        For a stack they are the first expert's: configs name one expert, or each.
+        """
+        shards = [n for n, _ in placed.shards]
         if placed.experts is None:
-            return ()
-        last = name.rpartition(".")[2]
-        shards = [n.rpartition(".")[2] for n, _ in placed.shards]
-        return tuple(f"{placed.parent}.0.{s}" for s in (shards if last not in shards else [last]))
+            return tuple(shards) if name == placed.name and len(shards) > 1 else ()
+        last = [n.rpartition(".")[2] for n in (shards if name not in shards else [name])]
+        return tuple(f"{placed.parent}.0.{s}" for s in last)
 
     def recognise(
         self,

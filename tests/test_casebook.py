@@ -214,6 +214,42 @@ def w4a16_with_scales(built: Built) -> None:
         entry["activations"] = None
 
 
+def one_kv_scale(built: Built) -> None:
+    """What AutoFP8 stores: one scale of the cache for each layer, and a word of its config."""
+    attentions = sorted({name.rpartition(".q_proj.")[0] for name in built.disk if ".q_proj." in name})
+    for i, attention in enumerate(attentions):
+        scale = raw("F32", np.float32([0.013 * (i + 1)]))
+        edit_tensors(built.directory, lambda s, a=attention, k=scale: s.update({f"{a}.kv_scale": Raw("F32", (), k.data)}))
+        built.canonical.update({f"{attention}.k_scale": scale, f"{attention}.v_scale": scale})
+        built.kv_cache[attention] = "tensor"
+    quantization(lambda q: q.update(kv_cache_scheme="static"))(built)
+
+
+def entries(rewrite: Mapping[str, str]) -> Change:
+    """Call projections by the names of fused modules in `quantized_layers`; `rewrite`: last segment -> that of the module."""
+
+    def spelt(name: str) -> str:
+        below, dot, last = name.rpartition(".")
+        return f"{below}{dot}{rewrite.get(last, last)}"
+
+    return quantization(lambda q: q.update(quantized_layers={spelt(n): e for n, e in q["quantized_layers"].items()}))
+
+
+def split_tower(built: Built) -> None:
+    """The RADIO tower with queries, keys and values apart, below the wrapper."""
+    whole = "vision_model.radio_model.model.blocks.0.attn.qkv"
+
+    def split(stored: dict[str, Raw]) -> None:
+        for role in ("weight", "bias"):
+            del built.canonical[f"{whole}.{role}"]
+            values = stored.pop(f"{whole}.{role}").floats()
+            for part, rows in zip("qkv", np.split(values, 3), strict=True):
+                name = f"{whole.removesuffix('qkv')}{part}_proj.{role}"
+                stored[f"language_model.{name}"] = built.canonical[name] = raw("BF16", rows)
+
+    edit_tensors(built.directory, split)
+
+
 def side_file(name: str, content: bytes) -> Change:
     """Put a file beside the weights; that OUT has it byte for byte is checked in every case."""
     return lambda built: (built.directory / name).write_bytes(content)
@@ -463,7 +499,7 @@ CASES = [
     Case(
         "in-proj-qkvz-fused", "sgl-project/sglang#21019",
         "in_proj_qkvz is one tensor on disk: Qwen3-Next uses the name for rows that are interleaved per key head",
-        DENSE, Refused(f"{GDN}.in_proj_qkvz.weight: expected ... found"),
+        DENSE, Refused(f"{GDN}.in_proj_qkvz.weight: expected in_proj_qkv and in_proj_z ... interleaved by key group"),
         tensors(lambda s: s.update({
             f"{GDN}.in_proj_qkvz.weight": join(s.pop(f"{GDN}.in_proj_{part}.weight") for part in ("qkv", "z")),
         })),
@@ -603,6 +639,12 @@ CASES = [
         FP8 | VLM | {"kv": "tensor"}, Repaired((SCALARS,)), differ=r"self_attn\.[kv]_scale$",
     ),
     Case(
+        "one-scale-for-both", "neuralmagic/AutoFP8#17",
+        "AutoFP8 stores one kv_scale for each layer, for keys and values alike",
+        {"family": "qwen3", "dialect": "fp8", "scheme": "tensor_static_vllm"}, Repaired((SCALARS,)), one_kv_scale,
+        differ=r"self_attn\.[kv]_scale$",
+    ),
+    Case(
         "processor-not-copied", "vllm-project/llm-compressor#1305",
         "the processor's files did not travel with the weights: the model is served as text only",
         FP8 | VLM, Repaired(), side_file("preprocessor_config.json", b'{ "size": 3 }'),
@@ -637,6 +679,25 @@ CASES = [
         "the exclusions of the MTP head name fused modules, the tensors are projections: five are skipped",
         CT | {"scheme": "nvfp4"} | DRAFTS, Repaired((PREFIX,)),
         ignore(lambda entry: re.sub(r"(mtp.*)\.([qkv]|gate|up)_proj$", lambda m: f"{m[1]}.{FUSED[m[2]]}", entry)),
+    ),
+    Case(
+        "fused-names-as-quantised", "sgl-project/sglang#35797",
+        "quantized_layers names the fused modules of engines, the tensors are projections",
+        MIXED | {"rules": (("*_proj", "fp8"), ("*.in_proj_qkv", "fp8"), ("*.in_proj_z", "fp8"))}, Repaired(),
+        entries({"in_proj_qkv": "in_proj_qkvz", "in_proj_z": "in_proj_qkvz", "q_proj": "qkv_proj", "k_proj": "qkv_proj",
+                 "v_proj": "qkv_proj", "gate_proj": "gate_up_proj", "up_proj": "gate_up_proj"}),
+    ),
+    Case(
+        "projections-as-quantised", "sgl-project/sglang#35797",
+        "the other way round: the tensors are fused, quantized_layers names projections",
+        MIXED | {"family": "qwen3", "rules": (("*.mlp.*", "nvfp4_wo"),)},
+        Repaired(), fused(f"{ATTENTION}.qkv_proj", ("q_proj", "k_proj", "v_proj")),
+    ),
+    Case(
+        "another-list-in-the-recipe", "kekzl/imp#1970",
+        "recipe.yaml ignores other names than config.json: 30 routers are of no known kind",
+        MOE | {"dialect": "compressed-tensors"}, Repaired(),
+        side_file("recipe.yaml", b"quant_stage:\n  ignore: ['re:.*nothing_of_this_model']\n"),
     ),
     Case(
         "router-not-excluded", "NVIDIA/Model-Optimizer#1858",
@@ -783,6 +844,12 @@ CASES = [
         "`.base_layer.` stands in the names of wrapped projections and of their scales",
         FP8 | {"base_layer": "some", "prefix": "Q7-Q3"},
         Repaired(("base_layer ... removed from names", "weight_scale of in_proj_qkv given to each of its 3 partitions")),
+    ),
+    Case(
+        "tower-in-another-layout", "sgl-project/sglang#35599",
+        "Omni's vision tower is below language_model, its queries, keys and values apart: wrong weights",
+        {"family": "nemotron_h", "dialect": "modelopt", "scheme": "fp8", "wrapper": True},
+        Repaired(("prefix language_model.vision_model -> vision_model",)), split_tower,
     ),
     # -- experts
     Case(

@@ -142,7 +142,7 @@ class Module(NamedTuple):
     canonical  its canonical name before fusing      spellings  its full names as stored and on the hub
     fused      the canonical name of the fused module it becomes a part of
     is_linear  whether class name "Linear" covers it
-    others     canonical names of other modules whose claims hold for it: the first expert of its stack
+    others     canonical names of modules whose claims hold for it: the projections it holds, of a stack the first expert's
     """
 
     canonical: str
@@ -210,7 +210,7 @@ class ModuleNames:
                 self._add_head(head)
                 return
         compiled = re.compile(fnmatch.translate(f"{head}{star}{tail}"))
-        self._add_pattern(pattern, lambda m: any(compiled.match(n) for n in (m.canonical, m.fused, *m.spellings)))
+        self._add_pattern(pattern, lambda m: any(compiled.match(n) for n in (m.canonical, m.fused, *m.spellings, *m.others)))
 
     def _add_head(self, head: str) -> None:
         if self._begins(head):
@@ -246,7 +246,7 @@ class ModuleNames:
 
         def matches(module: Module) -> bool:
             with _REGEX_TIMER.watch(where, pattern):
-                return any(compiled.match(n) for n in {*module.spellings, module.canonical})
+                return any(compiled.match(n) for n in {*module.spellings, module.canonical, *module.others})
 
         self._add_pattern(f"re:{pattern}", matches)
 
@@ -262,7 +262,7 @@ class ModuleNames:
             return True
         if any(name in self.written for name in spellings):
             return True
-        if self.heads and any(map(self._begins, (canonical, fused, *spellings))):
+        if self.heads and any(map(self._begins, (canonical, fused, *spellings, *others))):
             return True
         return any(matches(module) for matches in self.patterns)
 

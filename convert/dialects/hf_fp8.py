@@ -16,6 +16,7 @@ from .base import (
     Claim,
     Dialect,
     Encoding,
+    KvClaim,
     Rules,
     Stored,
     config_name,
@@ -73,6 +74,8 @@ def read(block: Mapping[str, Any], where: str, space: NameSpace) -> Rules:
         activations = "fp8_group_e8m0" if block.get("scale_fmt") == "ue8m0" else "fp8_group"
         claim = Claim("fp8_block", activations, "fp8 block", explicit=False)
     rules.default = claim
+    if block.get("kv_cache_scheme") is not None:  # AutoFP8: "static", a `kv_scale` for each layer
+        rules.kv_cache = KvClaim("fp8", str(block["kv_cache_scheme"]))
     for key in ("modules_to_not_convert", "ignored_layers"):
         for name in expect_names(block.get(key), where, key):
             rules.ignored.add_name(config_name(name, space, rules), space)
