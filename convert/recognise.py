@@ -14,6 +14,8 @@ from .errors import Problem
 from .source import TensorInfo
 
 INCOMPLETE = "the checkpoint is incomplete: fetch or export it again"
+# Suffix of a tensor that no encoding has -> what to do about it, where more is known than that.
+REMEDIES: Mapping[str, str] = {"bias": "this family has no bias here: take config.json and files from the same checkpoint"}
 GROUP_SIZES: Mapping[str, int] = {"nvfp4": NVFP4_GROUP, "mxfp8": MX_GROUP, "mxfp4": MX_GROUP}
 
 # What a scheme's input is when neither a config nor a stored input scale says otherwise.
@@ -140,7 +142,7 @@ def _complaints(
                     info.name,
                     f"no {suffix} beside {encoding.scheme} weights",
                     f"{info.dtype} {list(info.shape)}",
-                    "this producer or layout is not known: export with nvidia-modelopt or llm-compressor",
+                    REMEDIES.get(suffix, "this producer or layout is not known: export with nvidia-modelopt or llm-compressor"),
                 )
             )
     return problems

@@ -897,6 +897,13 @@ HOSTILE = [
         words=("in_proj_b and in_proj_a", "Qwen3-Next"),
     ),
     Case(
+        "bias-that-the-family-has-not",
+        {"family": "qwen2", "dialect": "modelopt", "scheme": "fp8"},
+        put("model.layers.0.self_attn.o_proj.bias", raw("BF16", np.ones(64))),
+        tensor="model.layers.0.self_attn.o_proj.bias",
+        words=("no bias", "BF16 [64]", "family has no bias here", "same checkpoint"),
+    ),
+    Case(
         "channels-last",
         FP8,
         zeros("model.layers.0.linear_attn.conv1d.weight", "BF16", 160, 4, 1),
