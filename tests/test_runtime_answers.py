@@ -17,11 +17,11 @@ from typing import Any
 
 import pytest
 import torch
-from canonical import tiny_qwen3, tiny_qwen3_5, write
+from canonical import tiny_qwen3, write
 from conftest import ROOT, Ran
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers_tiny import TEXT, write_tokenizer
+from tokenizers_tiny import TEXT, write_checkpoint
 
 import runtime
 from runtime.answer import Answer, StopStream
@@ -30,16 +30,13 @@ from runtime.tokenizer import ChatTokenizer, TextStream
 
 
 @pytest.fixture(scope="module")
-def reference() -> Any:
-    return tiny_qwen3_5(vocab_size=300)
+def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("checkpoint") / "out"
 
 
-@pytest.fixture(scope="module")
-def out(reference: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("checkpoint") / "out"
-    reference.load_state_dict(write(directory, reference), strict=True)
-    write_tokenizer(directory)
-    return directory
+@pytest.fixture(scope="module", autouse=True)
+def reference(out: Path) -> Any:
+    return write_checkpoint(out)
 
 
 @pytest.fixture(scope="module")

@@ -17,8 +17,8 @@ from typing import Any
 
 import pytest
 import torch
-from canonical import tiny_qwen3, tiny_qwen3_5, write
-from tokenizers_tiny import TEMPLATE, TEXT, write_tokenizer
+from canonical import tiny_qwen3, write
+from tokenizers_tiny import TEMPLATE, TEXT, write_checkpoint, write_tokenizer
 
 import runtime
 from runtime.tokenizer import ChatTokenizer, TextStream
@@ -27,16 +27,13 @@ ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
-def reference() -> Any:
-    return tiny_qwen3_5(vocab_size=300)
+def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("checkpoint") / "out"
 
 
-@pytest.fixture(scope="module")
-def out(reference: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("checkpoint") / "out"
-    reference.load_state_dict(write(directory, reference), strict=True)
-    write_tokenizer(directory)
-    return directory
+@pytest.fixture(scope="module", autouse=True)
+def reference(out: Path) -> Any:
+    return write_checkpoint(out)
 
 
 def greedy(reference: Any, ids: list[int], count: int) -> list[int]:

@@ -17,9 +17,8 @@ from typing import Any
 
 import pytest
 import torch
-from canonical import tiny_qwen3_5, write
 from conftest import ROOT
-from tokenizers_tiny import write_tokenizer
+from tokenizers_tiny import write_checkpoint
 
 import runtime
 from runtime.harness import Harness, read_options
@@ -30,16 +29,13 @@ LENGTH = 48  # positions of the model: short, so that texts are longer
 
 
 @pytest.fixture(scope="module")
-def reference() -> Any:
-    return tiny_qwen3_5(vocab_size=300, max_position_embeddings=LENGTH)
+def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("checkpoint") / "out"
 
 
-@pytest.fixture(scope="module")
-def out(reference: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("checkpoint") / "out"
-    reference.load_state_dict(write(directory, reference), strict=True)
-    write_tokenizer(directory)
-    return directory
+@pytest.fixture(scope="module", autouse=True)
+def reference(out: Path) -> Any:
+    return write_checkpoint(out, max_position_embeddings=LENGTH)
 
 
 @pytest.fixture(scope="module")

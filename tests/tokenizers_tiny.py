@@ -1,9 +1,12 @@
-"""A tokenizer and a chat template made here, for tiny checkpoints."""
+"""A tokenizer and a chat template made here, and a tiny checkpoint that has them."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
+
+from canonical import tiny_qwen3_5, write
 
 TEMPLATE = (
     "{%- for message in messages %}{%- if message.role not in ['system', 'user'] %}{{ raise_exception('role!') }}{%- endif %}"
@@ -28,3 +31,11 @@ def write_tokenizer(out: Path) -> None:
     tokenizer.save(str(out / "tokenizer.json"))
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>", "chat_template": TEMPLATE}
     (out / "tokenizer_config.json").write_text(json.dumps(config))
+
+
+def write_checkpoint(out: Path, **changes: Any) -> Any:
+    """A canonical checkpoint with a tokenizer; returns the transformers model that means the same."""
+    reference = tiny_qwen3_5(vocab_size=300, **changes)
+    reference.load_state_dict(write(out, reference), strict=True)
+    write_tokenizer(out)
+    return reference
