@@ -904,6 +904,13 @@ HOSTILE = [
         words=("no bias", "BF16 [64]", "family has no bias here", "same checkpoint"),
     ),
     Case(
+        "missing-below-a-wrapper",
+        {"family": "qwen3", "dialect": "dense", "scheme": "bf16", "base_layer": "all"},
+        drop("model.layers.1.self_attn.v_proj.base_layer.weight"),
+        tensor="model.layers.1.self_attn.v_proj.base_layer.weight",
+        words=("a weight of [32, 64]", "no such tensor"),
+    ),
+    Case(
         "channels-last",
         FP8,
         zeros("model.layers.0.linear_attn.conv1d.weight", "BF16", 160, 4, 1),
