@@ -42,8 +42,8 @@ class Projections:
 class LayerBuilder:
     """Makes layers for canonical module names.
 
-    `device` and `dtype` are those of the arithmetic; layers themselves are made on torch's default device (`meta` in
-    the loader).  `quantize_activations`: whether inputs and the KV cache are quantised as the config says.
+    `device` and `dtype` are those of the arithmetic; layers have no memory until the loader gives them their tensors.
+    `quantize_activations`: whether inputs and the KV cache are quantised as the config says.
     """
 
     config: CanonicalConfig

@@ -32,8 +32,7 @@ class ExpertLinears(nn.Module):
     def expert(self, index: int) -> Linear:
         """One of the linears: views of the stacks.  Made when first asked for, and kept."""
         if index not in self._experts:
-            with torch.device("meta"):
-                layer = self._make()
+            layer = self._make()
             for name, stack in self.named_parameters():
                 setattr(layer, name, nn.Parameter(stack[index], requires_grad=False))
             self._experts[index] = layer

@@ -212,11 +212,13 @@ def main(
     except ValueError as error:
         raise click.UsageError(str(error)) from None
 
-    from runtime.loader import load_model
+    from runtime.loader import load_model, memory_note
 
     with _open_output(output, prompt_file) as file:
         model = load_model(out, device=device, activations=activations, drafts=speculate is not None)
         loaded = time.perf_counter()
+        if note := memory_note(model):
+            click.echo(f"warning: {note}", err=True)
         ends = model.architecture.eos_token_id
         eos_ids = tokenizer.eos_ids(ends) if tokenizer else declared_eos_ids(out, ends)
         settings = Settings(

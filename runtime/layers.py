@@ -33,8 +33,11 @@ ALL = slice(None)
 
 
 def stored(*shape: int, dtype: str = "BF16") -> nn.Parameter:
-    """An uninitialised parameter for a stored tensor; `dtype` is a safetensors name."""
-    return nn.Parameter(torch.empty(shape, dtype=TORCH_DTYPES[dtype]), requires_grad=False)
+    """A place for a stored tensor: a parameter with a shape and no memory, which the loader replaces.
+
+    `dtype`: a safetensors name; BF16 stands for any dtype that an unquantised tensor may have.
+    """
+    return nn.Parameter(torch.empty(shape, dtype=TORCH_DTYPES[dtype], device="meta"), requires_grad=False)
 
 
 class Linear(nn.Module):

@@ -1,23 +1,27 @@
-"""Builds a model on the meta device and assigns the stored tensors to it, strictly and under their own names."""
+"""Builds a model whose parameters have no memory yet, and gives it the stored tensors, strictly and under their own names."""
 
 from __future__ import annotations
 
+import gc
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from runtime.architecture import read_architecture
 from runtime.builder import LayerBuilder
 from runtime.errors import LoadError
 from runtime.format import CONFIG_FILE, DENSE_DTYPES, INDEX_FILE, CanonicalConfig, FormatError, module_tensors
+from runtime.layers import TORCH_DTYPES
+from runtime.machine import check_memory, check_schemes, find_device, gigabytes, host_memory
 from runtime.models import FAMILIES
 from runtime.models.base import CausalLM
+from runtime.shards import Shard, pieces, stream_to_cuda
 
 PROBLEMS_SHOWN = 10
 
@@ -36,13 +40,15 @@ def load_model(
     quantises activations and the KV cache as the checkpoint says, "full" does not.  `drafts`: also load the checkpoint's
     draft heads, for speculative decoding.
 
-    Returns a model in evaluation mode: int64 `[B, T]` to float32 logits `[B, T, V]`.  Raises `LoadError` or
-    `FormatError`, one line each, for a checkpoint that does not fit, and `ValueError` for another argument.
-    Memory: the model and one tensor.  On the CPU weights stay mapped to the files and are read when first used.
+    Returns a model in evaluation mode: int64 `[B, T]` to float32 logits `[B, T, V]`.  Raises, one line each and before any
+    tensor is read: `LoadError` or `FormatError` for a checkpoint that does not fit, or whose schemes the device cannot
+    compute with; `MemoryError` for weights that the device has no room for; `ValueError` for another argument.
+    Memory: on CUDA the model, and 128 MiB of pinned host memory.  On the CPU none: weights stay mapped to the files, are
+    read when first used, and may be larger than the machine's memory (`memory_note`).
     """
     if activations not in ("quantized", "full"):
         raise ValueError(f"activations: expected 'quantized' or 'full', found {activations!r}")
-    target = torch.device(device)
+    target = find_device(device)
     if dtype is None:
         dtype = torch.bfloat16 if target.type == "cuda" else torch.float32
     directory = Path(out_dir)
@@ -54,15 +60,71 @@ def load_model(
         )
     network = FAMILIES[config.family]
     architecture = read_architecture(network.architecture_type, config.architecture)
+    check_schemes(config, target, dtype)
     build = LayerBuilder(config, target, dtype, activations == "quantized")
-    with torch.device("meta"):
+    with _uncollected(), ExitStack() as stack:
         model = network(architecture, build, drafts)
-    build.check_all_used()
-    expected = model.state_dict()
-    files = {name: file for name, file in _tensor_files(directory).items() if name in expected or not config.is_carried(name)}
-    _check(directory, config, files, expected)
-    model.load_state_dict(dict(_read(directory, files, target)), strict=True, assign=True)
-    return model.requires_grad_(False).eval()
+        build.check_all_used()
+        slots = dict(_slots(model))
+        files = {n: file for n, file in _tensor_files(directory).items() if n in slots or not config.is_carried(n)}
+        shards = _open_shards(directory, files, slots, stack)
+        _check(config, files, shards, slots)
+        if target.type == "cpu":
+            for name, slot in slots.items():
+                slot.put(shards[files[name]].mapped(name))
+        else:
+            _stream_to_device(files, shards, slots, target)
+        return model.eval()
+
+
+def memory_note(model: CausalLM) -> str | None:
+    """One line for the user when a model on the CPU is larger than the machine's memory, or its control group's; else None.
+
+    Such a model works, as slowly as its files are read: the weights that a token needs have left memory since the last one.
+    """
+    memory = host_memory() if model.device.type == "cpu" else None
+    nbytes = sum(parameter.nbytes for parameter in model.parameters())
+    if memory is None or nbytes <= memory[1]:
+        return None
+    return (
+        f"the weights are {gigabytes(nbytes)} and there are {gigabytes(memory[1])} of memory: "
+        "tokens read them from disk again and again"
+    )
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """No garbage collection meanwhile: a load makes none, and each walk over all of torch's objects takes 0.1 s."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """The place of one parameter: the dictionary of its module and its name there, and its shape."""
+
+    parameters: dict[str, nn.Parameter | None]
+    name: str
+    shape: tuple[int, ...]
+
+    def put(self, tensor: Tensor) -> None:
+        """Make `tensor` the parameter.  Its dtype is the stored one, which for a dense tensor the model does not know."""
+        self.parameters[self.name] = nn.Parameter(tensor, requires_grad=False)
+
+
+def _slots(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, Slot]]:
+    """Every parameter of a model under the name that it has in `state_dict`."""
+    for name, parameter in module._parameters.items():
+        if parameter is not None:
+            yield prefix + name, Slot(module._parameters, name, tuple(parameter.shape))
+    for name, child in module._modules.items():
+        if child is not None:
+            yield from _slots(child, f"{prefix}{name}.")
 
 
 def read_config(directory: Path) -> CanonicalConfig:
@@ -90,8 +152,9 @@ def _tensor_files(directory: Path) -> dict[str, str]:
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
         raise LoadError(f"{INDEX_FILE}: expected an object weight_map of names to files, found none; convert again")
-    for name, file in weight_map.items():
+    for file in set(weight_map.values()):
         if file != Path(file).name or not file.endswith(".safetensors"):
+            name = next(name for name in weight_map if weight_map[name] == file)
             raise LoadError(
                 f"{INDEX_FILE}: {name}: expected the name of a safetensors file in the same directory, "
                 f"found {file!r}; convert again"
@@ -99,25 +162,16 @@ def _tensor_files(directory: Path) -> dict[str, str]:
     return weight_map
 
 
-@contextmanager
-def _open(directory: Path, file: str, device: torch.device) -> Iterator[Any]:
-    """A safetensors file, its errors turned into `LoadError`."""
-    try:
-        with safe_open(directory / file, framework="pt", device=str(device)) as opened:
-            yield opened
-    except FileNotFoundError:
-        raise LoadError(
-            f"{file}: expected the file that {INDEX_FILE} names, found none; the checkpoint is incomplete: "
-            "copy it again or convert again"
-        ) from None
-    except (SafetensorError, OSError) as error:
-        raise LoadError(
-            f"{file}: expected a complete safetensors file, found {error}; the file is damaged or cut short: "
-            "copy it again or convert again"
-        ) from None
+def _open_shards(directory: Path, files: dict[str, str], expected: Collection[str], stack: ExitStack) -> dict[str, Shard]:
+    """Open every file that holds an expected tensor, in order; all are closed with `stack`."""
+    shards = {}
+    for file in sorted({file for name, file in files.items() if name in expected}):
+        shards[file] = Shard(directory, file)
+        stack.callback(shards[file].close)
+    return shards
 
 
-def _check(directory: Path, config: CanonicalConfig, files: dict[str, str], expected: dict[str, Tensor]) -> None:
+def _check(config: CanonicalConfig, files: dict[str, str], shards: dict[str, Shard], expected: dict[str, Slot]) -> None:
     """Compare names, dtypes and shapes on disk with the model's before a byte of data is read."""
     problems = []
     for name in sorted(expected.keys() - files.keys()):
@@ -130,26 +184,19 @@ def _check(directory: Path, config: CanonicalConfig, files: dict[str, str], expe
             f"{files[name]}: {name}: expected no tensor of this name in family {config.family!r}, found one; convert again"
         )
     dtypes = _stored_dtypes(config)
-    by_file: dict[str, list[str]] = {}
-    for name in expected.keys() & files.keys():
-        by_file.setdefault(files[name], []).append(name)
-    for file in sorted(by_file):
-        with _open(directory, file, torch.device("cpu")) as opened:
-            present = set(opened.keys())
-            for name in sorted(by_file[file]):
-                if name not in present:
-                    problems.append(
-                        f"{file}: {name}: expected the tensor that {INDEX_FILE} places here, found none; "
-                        "the file belongs to another checkpoint or is incomplete: convert again"
-                    )
-                    continue
-                view = opened.get_slice(name)
-                want, shape = dtypes.get(name, DENSE_DTYPES), list(expected[name].shape)
-                if view.get_dtype() not in want or view.get_shape() != shape:
-                    problems.append(
-                        f"{file}: {name}: expected {' or '.join(want)} {shape}, "
-                        f"found {view.get_dtype()} {view.get_shape()}; convert again"
-                    )
+    for name in sorted(expected.keys() & files.keys(), key=lambda name: (files[name], name)):
+        file, want, shape = files[name], dtypes.get(name, DENSE_DTYPES), expected[name].shape
+        found = shards[file].tensors.get(name)
+        if found is None:
+            problems.append(
+                f"{file}: {name}: expected the tensor that {INDEX_FILE} places here, found none; "
+                "the file belongs to another checkpoint or is incomplete: convert again"
+            )
+        elif found.dtype not in want or found.shape != shape:
+            problems.append(
+                f"{file}: {name}: expected {' or '.join(want)} {list(shape)}, "
+                f"found {found.dtype} {list(found.shape)}; convert again"
+            )
     if problems:
         rest = len(problems) - PROBLEMS_SHOWN
         more = [f"{rest} more such problems"] if rest > 0 else []
@@ -168,10 +215,18 @@ def _stored_dtypes(config: CanonicalConfig) -> dict[str, tuple[str, ...]]:
     return dtypes
 
 
-def _read(directory: Path, files: dict[str, str], device: torch.device) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of `files`, file by file, on `device`; on the CPU a view of the mapped file."""
-    for file in sorted(set(files.values())):
-        with _open(directory, file, device) as opened:
-            for name in opened.keys():  # noqa: SIM118 (not a dict)
-                if files.get(name) == file:
-                    yield name, opened.get_tensor(name)
+def _stream_to_device(files: dict[str, str], shards: dict[str, Shard], slots: dict[str, Slot], device: torch.device) -> None:
+    """Give every slot its tensor on a CUDA device.  Raises `MemoryError` before the first byte when they do not fit."""
+    entries = {name: shards[files[name]].tensors[name] for name in slots}
+    check_memory(
+        device,
+        sum(entry.nbytes for entry in entries.values()),
+        "the weights",
+        "end what else runs there, take a larger GPU, or load on the CPU, where weights stay in their files",
+    )
+    by_file: dict[str, list[tuple[str, Tensor]]] = {file: [] for file in shards}
+    for name, entry in entries.items():
+        tensor = torch.empty(entry.shape, dtype=TORCH_DTYPES[entry.dtype], device=device)
+        by_file[files[name]].append((name, tensor))
+        slots[name].put(tensor)
+    stream_to_cuda((piece for file, targets in by_file.items() for piece in pieces(shards[file], targets)), device)

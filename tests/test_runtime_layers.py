@@ -31,6 +31,11 @@ def spec_of(
     return ModuleSpec(scheme, (sum(rows), k), names, activations, pre_quant_scale)
 
 
+def held(values: torch.Tensor) -> torch.nn.Parameter:
+    """What the loader makes of a stored tensor."""
+    return torch.nn.Parameter(values, requires_grad=False)
+
+
 def random_layer(spec: ModuleSpec, seed: int = 0, **options: bool) -> QuantizedLinear:
     """A layer whose stored tensors hold random bytes (no NaN codes) and scales that differ everywhere."""
     rng = np.random.default_rng(seed)
@@ -48,7 +53,7 @@ def random_layer(spec: ModuleSpec, seed: int = 0, **options: bool) -> QuantizedL
         else:  # E8M0: exponents around 0, and the smallest, which makes float32 subnormals
             values = torch.from_numpy(rng.integers(115, 135, tensor.shape).astype(np.uint8))
             values.view(-1)[0] = 0
-        getattr(layer, role).data = values
+        setattr(layer, role, held(values))
     return layer
 
 
@@ -104,12 +109,12 @@ def test_forward_is_the_matmul(scheme: str, dtype: torch.dtype, monkeypatch: pyt
     rows = (24, 8, 32)
     if scheme == "dense":
         layer = Linear(64, 96, bias=True)
-        layer.weight.data = torch.randn(64, 96, generator=torch.Generator().manual_seed(0)).half()
+        layer.weight = held(torch.randn(64, 96, generator=torch.Generator().manual_seed(0)).half())
         weight = layer.weight.double()
     else:
         layer = random_layer(spec_of(scheme, rows), bias=True)
         weight = torch.from_numpy(dense(layer)).double()
-    layer.bias.data = torch.linspace(-9, 9, 64).bfloat16()
+    layer.bias = held(torch.linspace(-9, 9, 64).bfloat16())
     x = torch.randn(2, 3, 96, generator=torch.Generator().manual_seed(1)).to(dtype)
     expected = x.double() @ weight.T + layer.bias.double()
     scale = expected.abs().max()
@@ -244,7 +249,7 @@ def test_activations_equal_compressed_tensors(kind: str) -> None:
 def test_each_partition_has_its_own_input_scale(scheme: str, kind: str, scales: tuple[float, ...]) -> None:
     rows = (24, 8, 32)
     layer = random_layer(spec_of(scheme, rows, activations=kind))
-    layer.input_scale.data = torch.tensor(scales)
+    layer.input_scale = held(torch.tensor(scales))
     x = 3 * torch.randn(5, 96, generator=torch.Generator().manual_seed(0))
     weight = dense(layer).astype(np.float64)
     start, expected = 0, []
@@ -260,7 +265,7 @@ def test_each_partition_has_its_own_input_scale(scheme: str, kind: str, scales: 
 
 def test_pre_quant_scale_multiplies_the_input() -> None:
     layer = random_layer(spec_of("nvfp4", (64,), activations="nvfp4", pre_quant_scale=True))
-    layer.input_scale.data = torch.tensor([0.01])
+    layer.input_scale = held(torch.tensor([0.01]))
     x = torch.randn(5, 96, generator=torch.Generator().manual_seed(0))
     inputs = fake_quantized((x * layer.pre_quant_scale.float()).numpy(), "nvfp4", 0.01).astype(np.float64)
     reference = inputs @ dense(layer).astype(np.float64).T

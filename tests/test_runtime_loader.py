@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import gc
 import json
 import struct
 import subprocess
@@ -19,6 +20,7 @@ from torch import Tensor
 
 import runtime
 from runtime.format import FormatError
+from runtime.shards import Shard
 
 ROOT = Path(__file__).parent.parent
 SHARDS = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
@@ -241,8 +243,12 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
 
 
 @pytest.mark.parametrize(("damage", "message"), BROKEN.values(), ids=BROKEN)
-def test_what_does_not_fit_is_refused_in_one_line(out: Path, damage: Callable[[Path], Any], message: list[str]) -> None:
+def test_what_does_not_fit_is_refused_in_one_line(
+    out: Path, damage: Callable[[Path], Any], message: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And before any tensor of any file is read."""
     damage(out)
+    monkeypatch.setattr(Shard, "mapped", lambda shard, name: pytest.fail(f"{name} was read"))
     with pytest.raises((runtime.LoadError, FormatError)) as caught:
         runtime.load_model(out)
     text = str(caught.value)
@@ -273,6 +279,45 @@ def test_sliding_layers_need_a_window(tmp_path: Path) -> None:
     edit_config("architecture", "layer_types", value=["sliding_attention", "full_attention"])(tmp_path)
     with pytest.raises(FormatError, match=r"architecture\.sliding_window: expected a number above 0"):
         runtime.load_model(tmp_path)
+
+
+def test_each_file_is_opened_once_and_closed(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[Any] = []
+    real_open = Path.open
+
+    def counted(path: Path, *args: Any, **kwargs: Any) -> Any:
+        stream = real_open(path, *args, **kwargs)
+        if path.suffix == ".safetensors":
+            opened.append((path.name, stream))
+        return stream
+
+    monkeypatch.setattr(Path, "open", counted)
+    runtime.load_model(out)
+    assert sorted(name for name, _ in opened) == SHARDS
+    assert all(stream.closed for _, stream in opened)
+    assert gc.isenabled()
+
+
+def test_files_are_closed_after_a_refusal(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    closed: list[str] = []
+    close = Shard.close
+    monkeypatch.setattr(Shard, "close", lambda shard: (closed.append(shard.file), close(shard)))
+    put("model.norm.weight", torch.ones(65))(out)
+    with pytest.raises(runtime.LoadError):
+        runtime.load_model(out)
+    assert sorted(closed) == SHARDS
+    assert gc.isenabled()
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs /proc to see mappings")
+def test_weights_stay_in_their_files(out: Path) -> None:
+    """Loading allocates no weights: each lies in a private mapping of its file."""
+    model = runtime.load_model(out)
+    maps = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if str(out) in line]
+    ranges = [tuple(int(end, 16) for end in line[0].split("-")) for line in maps]
+    assert all(line[1] == "rw-p" for line in maps)
+    for name, parameter in model.named_parameters():
+        assert any(start <= parameter.data_ptr() < stop for start, stop in ranges), name
 
 
 def test_arguments_are_checked(out: Path) -> None:

@@ -14,6 +14,7 @@ from runtime.architecture import Architecture
 from runtime.builder import LayerBuilder
 from runtime.format import CONFIG_FILE, CanonicalConfig, FormatError
 from runtime.layers import Linear
+from runtime.machine import check_memory
 from runtime.rotary import Rope
 from runtime.state import Cache, CacheSize, State, Tokens
 
@@ -164,10 +165,25 @@ class CausalLM(nn.Module):
         `draft`: how many tokens of one call may be taken back (`State.keep`).  Memory: per layer of full attention
         2 * batch * Nkv * max_length * head_dim elements, of the compute dtype or of one byte where the checkpoint has
         scales for its KV cache; layers with a window hold the window; recurrent layers a state of fixed size.
+        Raises `MemoryError`, one line with the sizes, before anything is allocated when there is less than that left.
         """
+        check_memory(
+            self.device,
+            self.state_nbytes(batch, max_length, draft),
+            f"what {batch} x {max_length} tokens leave behind (KV cache and states)",
+            "take fewer or shorter sequences",
+        )
         size = CacheSize(batch, max_length, draft, self.device, self.model.dtype)
+        return State(self._new_caches(size), size, [0] * batch)
+
+    def state_nbytes(self, batch: int, max_length: int, draft: int = 0) -> int:
+        """Bytes that `new_state` allocates for the same arguments."""
+        size = CacheSize(batch, max_length, draft, torch.device("meta"), self.model.dtype)
+        return sum(x.nbytes for cache in self._new_caches(size) if cache for x in vars(cache).values() if isinstance(x, Tensor))
+
+    def _new_caches(self, size: CacheSize) -> list[Cache | None]:
         blocks: Iterable[Any] = self.model.blocks
-        return State([block.new_cache(size) for block in blocks], size, [0] * batch)
+        return [block.new_cache(size) for block in blocks]
 
     @torch.no_grad()
     def forward(
