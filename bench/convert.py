@@ -155,9 +155,9 @@ import sys, time, glob
 import torch
 mode, folder = sys.argv[1:]
 if mode == "runtime":
-    import runtime
+    from runtime import load_model
     start = time.perf_counter()
-    model = runtime.load_model(folder, device="cpu")
+    model = load_model(folder, device="cpu")
     tensors = model.state_dict().values()
 else:
     from safetensors.torch import load_file
