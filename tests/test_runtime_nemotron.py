@@ -327,6 +327,7 @@ def test_refuses_other_networks(name: str, case: tuple[dict[str, Any], bool], co
     changes, drafts = case
     config = json.loads((converted / "config.json").read_text())
     config["architecture"] |= changes
+    config["carried"] = ["mtp"]
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(FormatError, match=rf"architecture\.{name}: expected .*; convert again"):
         runtime.load_model(tmp_path, drafts=drafts)
