@@ -29,7 +29,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import permutations
 from typing import Any
@@ -147,11 +147,11 @@ def without_marks(name: str) -> str:
 
 def find_adapters(names: Iterable[str]) -> dict[str, Wrapped]:
     """The tensors among `names` that belong to adapters."""
-    found = ((name, take_apart(name)) for name in names if not MARKS.isdisjoint(name.split(".")))
+    found = ((name, take_apart(name)) for name in names)
     return {name: wrapped for name, wrapped in found if wrapped is not None}
 
 
-def stand_ins(adapters: Mapping[str, Wrapped], base: Collection[str], family: Family, tied: bool) -> list[str]:
+def stand_ins(adapters: Mapping[str, Wrapped], base: Container[str], family: Family, tied: bool) -> list[str]:
     """Saved modules whose originals are not in the checkpoint: the only weights that the base can have.
 
     base  canonical names of all other tensors
@@ -447,7 +447,7 @@ class _Build:
 
 
 def build_adapters(
-    found: Mapping[str, Wrapped], source: Source, family: Family, placed: Sequence[Placed], base: Collection[str]
+    found: Mapping[str, Wrapped], source: Source, family: Family, placed: Sequence[Placed], base: Iterable[str]
 ) -> tuple[list[Adapter], list[Problem], list[str]]:
     """The adapters of a checkpoint, the problems that they have, and what must be said about them.
 

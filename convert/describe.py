@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from itertools import chain
 
 from .adapters import SAVED, without_marks
+from .index import Index
 from .names import PEFT_SEGMENTS
-from .ops import Step
+from .ops import Step, Term
 from .source import TensorInfo
 
 
@@ -36,31 +38,33 @@ def _stem_change(stored: str, canonical: str, known: dict[tuple[str, str], str])
     return known[old, new]
 
 
-def name_repairs(by_name: Mapping[str, TensorInfo], joined: Mapping[str, tuple[str, str]]) -> list[str]:
-    """Changes of names.  `by_name`: canonical name -> stored tensor; `joined`: see `families.base.joined_names`."""
+def name_repairs(index: Index) -> list[str]:
+    """Changes of names, with the number of tensors that have each."""
     prefixes: Counter[str] = Counter()
     known: dict[tuple[str, str], str] = {}
     peft = glued = 0
-    for canonical, info in by_name.items():
-        if info.name == canonical:
+    singly = ((stored, canonical, 1) for stored, canonical in index.tensor_names.items())
+    together = ((stored, canonical, count) for stored, (canonical, count) in index.module_names.items())
+    for name, canonical, count in chain(singly, together):
+        if name == canonical:
             continue
-        old, _, last = info.name.rpartition(".")
+        old, _, last = name.rpartition(".")
         new, _, same = canonical.rpartition(".")
-        if last == same and (old, new) in known:  # most tensors: another one of a module that has been seen
-            prefixes[known[old, new]] += 1
+        if last == same and (old, new) in known:  # most names: another one beside one that has been seen
+            prefixes[known[old, new]] += count
             continue
-        segments = info.name.split(".")
+        segments = name.split(".")
         if SAVED in segments:
-            segments = without_marks(info.name).split(".")
+            segments = without_marks(name).split(".")
         if not PEFT_SEGMENTS.isdisjoint(segments):
-            peft += 1
+            peft += count
             segments = [s for s in segments if s not in PEFT_SEGMENTS]
-        if segments[-1] in joined and segments[-2:-1] == ["experts"]:
-            glued += 1
-            segments[-1:] = joined[segments[-1]]
+        if segments[-1] in index.joined and segments[-2:-1] == ["experts"]:
+            glued += count
+            segments[-1:] = index.joined[segments[-1]]
         stored = ".".join(segments)
         if stored != canonical:
-            prefixes[_stem_change(stored, canonical, known)] += 1
+            prefixes[_stem_change(stored, canonical, known)] += count
     lines = [f"prefix {change} ({count} tensors)" for change, count in sorted(prefixes.items())]
     if peft:
         lines.append(f"{' and '.join(sorted(PEFT_SEGMENTS))} removed from names ({peft} tensors)")
@@ -69,36 +73,23 @@ def name_repairs(by_name: Mapping[str, TensorInfo], joined: Mapping[str, tuple[s
     return lines
 
 
-def value_repairs(
-    steps: Iterable[Step], tensors: Mapping[str, TensorInfo], by_name: Mapping[str, TensorInfo]
-) -> list[str]:
-    """Changes of shapes, dtypes and conventions.  `tensors`: stored name -> tensor."""
-    canonical_of: dict[str, str] = {}
-    kinds: dict[str, set[str]] = defaultdict(set)
-    for step in steps:
-        several = len(step.terms) > 1
-        for term in step.terms:
-            info = tensors[term.source]
-            same = term.transform == "copy" or (term.transform == "f32" and info.dtype == "F32")
-            if same and several and term.repeat == 1:  # nearly all terms
-                if info.shape == ():
-                    kinds["0-d scalar stored as a vector"].add(info.name)
-                continue
-            canonical_of = canonical_of or {i.name: name for name, i in by_name.items()}
-            module, _, suffix = canonical_of.get(info.name, info.name).rpartition(".")
-            if term.repeat > 1:
-                owner = module.rpartition(".")[2]
-                kinds[f"{suffix} of {owner} given to each of its {term.repeat} partitions"].add(info.name)
-            if term.transform == "reciprocal":
-                kinds[f"divisor {suffix} replaced by its float32 reciprocal"].add(info.name)
-            elif term.transform.endswith("f32") and info.dtype != "F32":
-                kinds[f"{info.dtype} {suffix} widened to F32"].add(info.name)
-            elif term.transform.endswith("e8m0"):
-                kinds[f"power-of-two {suffix} widened to F32"].add(info.name)
-            if term.transform.startswith("transpose"):
-                kinds[f"input-major {suffix} of experts turned to output-major"].add(info.name)
-            elif info.shape == ():
-                kinds["0-d scalar stored as a vector"].add(info.name)
-            elif len(step.terms) == 1 and len(info.shape) > len(step.shape):
-                kinds[f"{suffix} reshaped from {len(info.shape)}-d to {len(step.shape)}-d"].add(info.name)
-    return [f"{what} ({len(names)} tensors)" for what, names in sorted(kinds.items())]
+def value_repairs(term: Term, info: TensorInfo, stored: str, step: Step) -> Iterator[str]:
+    """Changes of shape, dtype and convention that a term makes to its source.
+
+    `stored`: the canonical name of the source before fusing; `step`: what the term is a part of.
+    """
+    module, _, suffix = stored.rpartition(".")
+    if term.repeat > 1:
+        yield f"{suffix} of {module.rpartition('.')[2]} given to each of its {term.repeat} partitions"
+    if term.transform == "reciprocal":
+        yield f"divisor {suffix} replaced by its float32 reciprocal"
+    elif term.transform.endswith("f32") and info.dtype != "F32":
+        yield f"{info.dtype} {suffix} widened to F32"
+    elif term.transform.endswith("e8m0"):
+        yield f"power-of-two {suffix} widened to F32"
+    if term.transform.startswith("transpose"):
+        yield f"input-major {suffix} of experts turned to output-major"
+    elif info.shape == ():
+        yield "0-d scalar stored as a vector"
+    elif len(step.terms) == 1 and len(info.shape) > len(step.shape):
+        yield f"{suffix} reshaped from {len(info.shape)}-d to {len(step.shape)}-d"

@@ -76,6 +76,10 @@ class CanonicalNames:
         # Segments whose meaning depends on what stands before them; all others are appended as they are.
         self._special = {*space.roots, *space.wrappers, *PEFT_SEGMENTS, PEFT_WRAPPER, *(s for run in runs for s in run)}
 
+    def is_plain(self, segment: str) -> bool:
+        """Whether a segment is the same in the canonical name, whatever stands before it."""
+        return segment not in self._special
+
     def __call__(self, name: str) -> str | None:
         """The canonical spelling of a name, or None when no root of the family is found where it must be."""
         stem, _, last = name.rpartition(".")

@@ -89,15 +89,16 @@ def coalesce(terms: Iterable[Term]) -> tuple[Term, ...]:
     """Join neighbours that copy neighbouring rows of one source: slices of a stack become one range again."""
     joined: list[Term] = []
     for term in terms:
-        last = joined[-1] if joined else None
+        rows = term.rows
+        last = joined[-1] if joined and rows is not None else None
         if (
-            last is not None
+            rows is not None
+            and last is not None
             and last.rows is not None
-            and term.rows is not None
-            and last.rows[1] == term.rows[0]
+            and last.rows[1] == rows[0]
             and (last.source, last.transform, last.repeat, term.repeat) == (term.source, term.transform, 1, 1)
         ):
-            joined[-1] = Term(term.source, term.transform, 1, (last.rows[0], term.rows[1]))
+            joined[-1] = Term(term.source, term.transform, 1, (last.rows[0], rows[1]))
         else:
             joined.append(term)
     return tuple(joined)

@@ -31,17 +31,21 @@ STATIC_ACTIVATIONS: Mapping[str, str] = {"fp8_tensor": "fp8_static", "fp8_channe
 
 
 class Recognised(NamedTuple):
-    """A stored module: its scheme ("dense" when not quantised), logical size, and tensor of each role."""
+    """What a stored module is: its scheme ("dense" when not quantised), logical size, how each role that it has is stored.
+
+    `dtype`: that of the weight.
+    """
 
     scheme: str
     shape: tuple[int, int]
-    tensors: Mapping[str, tuple[TensorInfo, Stored]]
+    roles: Mapping[str, Stored]
+    dtype: str
     encoding: Encoding
 
     @property
     def has_input_scale(self) -> bool:
         """Whether a static input scale is stored."""
-        return "input_scale" in self.tensors
+        return "input_scale" in self.roles
 
 
 NO_DIMENSION = -1
@@ -182,8 +186,8 @@ def recognise(
             continue
         problems = _complaints(encoding, tensors, size, partitions, stack)
         if not problems:
-            roles = {s.role: (tensors[s.suffix], s) for s in encoding.tensors if s.suffix in tensors}
-            found = Recognised(encoding.scheme, size, roles, encoding)
+            roles = {stored.role: stored for stored in encoding.tensors if stored.suffix in tensors}
+            found = Recognised(encoding.scheme, size, roles, weight.dtype, encoding)
             if encoding.scheme == claimed or claimed is None:
                 return found
             match = match or found
@@ -257,8 +261,7 @@ def disagreements(found: Recognised, claims: Sequence[tuple[Rules, Claim]], is_l
             lines.append(f"{rules.where} says {claim.label} (not quantised), tensors say {found.scheme}")
         elif found.scheme == DENSE:
             if claim.explicit or is_linear:
-                dtype = found.tensors["weight"][0].dtype
-                lines.append(f"{rules.where} says {claim.label}, tensors are {dtype} and not quantised")
+                lines.append(f"{rules.where} says {claim.label}, tensors are {found.dtype} and not quantised")
         else:
             lines.append(f"{rules.where} says {claim.label}, tensors say {found.scheme}")
     return lines

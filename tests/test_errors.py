@@ -349,6 +349,7 @@ SHAPES = [
         tensor=f"{DOWN}.weight_scale",
     ),
     Case("nvfp4-weight-half-as-wide", NVFP4, zeros(f"{DOWN}.weight", "U8", 64, 24), tensor=f"{DOWN}.weight"),
+    Case("nvfp4-weight-of-no-dimension", NVFP4, zeros(f"{DOWN}.weight", "U8"), tensor=f"{DOWN}.weight"),
     Case("nvfp4-weight_scale_2-of-two", NVFP4, zeros(f"{DOWN}.weight_scale_2", "F32", 2), tensor=f"{DOWN}.weight_scale_2"),
     Case("channel-scale-of-another-length", CHANNEL, zeros(f"{Q}.weight_scale", "F32", 127), tensor=f"{Q}.weight_scale"),
     Case(

@@ -9,6 +9,7 @@ import math
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import convert
+from convert.dialects.base import Claim, Experts, ModuleNames, Rules, has_wildcard
+from convert.families import FAMILIES
 from convert.names import canonical_name
 from convert.ops import TRANSFORMS, Term, term_nbytes
 from runtime.format import DTYPE_BYTES, ModuleSpec, block_rows, module_tensors
@@ -169,3 +172,45 @@ def test_widening_and_reciprocals(dtype: str) -> None:
     assert transform("f32", values.data, dtype) == raw("F32", values.floats()).data
     inverse = np.array([np.float32(1 / float(v)) for v in values.floats()])  # float64, then one rounding
     assert transform("reciprocal", values.data, dtype) == raw("F32", inverse).data
+
+
+PARENT = "model.layers.1.mlp.experts"
+EACH = tuple(f"{PARENT}.{expert}.up_proj" for expert in range(12))
+ENTRIES: tuple[tuple[str, ...], ...] = (  # what lists of configs say of experts: of one, of some, of all, of others
+    (), EACH, EACH[1:], EACH[:1], tuple(f"{PARENT}.{expert}" for expert in range(12)), ("lm_head",),
+    *((f"{wrapper}{PARENT}{rest}",) for wrapper in ("", "language_model.") for rest in ("", ".3", ".3.up_proj", "*", ".3*",
+      ".1*", ".3.gate_up_proj", ".1?.up_proj", ".*.up_proj", ".[0-4].*")),
+    ("model.layers.1*",), ("model.layers.10*",), ("*up_proj*",), ("*.3.*",), ("*experts.1*",),
+    ("re:.*up_proj",), ("re:.*experts.*up_proj$",), (r"re:.*experts\.\d\.up_proj",), (r"re:.*experts..\.up_proj",),
+    ("re:.*mlp.experts.*",), (r"re:.*\.(3|4)\..*",), (r"re:.*[12]\.up.*",), ("re:model.layers.*",),
+    ("re:.*p.up_proj|.*router",), ("re:.+up_proj",),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("place", ["ignored", "exact", "ordered"])
+def test_experts_asked_together(place: str) -> None:
+    """A config that is asked for all experts at once says of each what it says when asked for that one."""
+    space = next(family.names for family in FAMILIES if family.name == "qwen3_5_moe")
+
+    def names(*entries: str) -> ModuleNames:
+        listed = ModuleNames()
+        for entry in entries:
+            if entry.startswith("re:"):
+                listed.add_regex(entry[3:], "config.json")
+            else:
+                (listed.add_wildcard if has_wildcard(entry) else listed.add_name)(entry, space)
+        return listed
+
+    wrappers = ("model.language_model", "language_model.model")
+    spellings = tuple([name.replace("model", wrapper, 1) for name in EACH] for wrapper in wrappers)
+    experts = Experts(EACH, spellings, f"{PARENT}.gate_up_proj", True, (f"{PARENT}.0.up_proj",))
+    for first, second in product(ENTRIES, repeat=2):
+        rules = Rules("config.json", "modelopt", default=Claim("nvfp4", "nvfp4", "NVFP4"))
+        if place == "ignored":
+            rules.ignored = names(*first, *second)
+        elif place == "exact":
+            claims = Claim("fp8_tensor", None, "FP8"), Claim("nvfp4", None, "W4A16_NVFP4")
+            rules.exact = {canonical_name(e, space) or e: c for es, c in zip((first, second), claims, strict=True) for e in es}
+        else:
+            rules.ordered = [(names(*first), Claim("fp8_tensor", None, "FP8")), (names(*second), Claim("mxfp8", None, "MXFP8"))]
+        assert rules.claims(experts) == [rules.claim(experts.module(index)) for index in range(12)], (first, second)

@@ -11,7 +11,7 @@ import re
 import signal
 import threading
 from bisect import bisect_right, insort
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, NoReturn
@@ -135,6 +135,23 @@ class Rules:
                 return claim
         return self.default or NOT_LISTED
 
+    def claims(self, experts: Experts) -> list[Claim]:
+        """The claims about the same projection of several experts, asked once unless a list tells the experts apart."""
+        count = len(experts.canonical)
+        lists = (self.ignored, *(names for names, _ in self.ordered))
+        if count > 1 and not self._tells_apart(experts) and not any(names.tells_apart(experts) for names in lists):
+            return [self.claim(experts.module(0))] * count
+        return [self.claim(experts.module(index)) for index in range(count)]
+
+    def _tells_apart(self, experts: Experts) -> bool:
+        """Whether `exact` gives different claims to some."""
+        names = experts.canonical if self.exact else []
+        for _ in "projection", "expert":  # the names further up are common to all
+            if len(set(map(id, map(self.exact.get, names)))) > 1:
+                return True
+            names = [name.rpartition(".")[0] for name in names]
+        return False
+
 
 class Module(NamedTuple):
     """A source module as configs may call it.
@@ -162,7 +179,30 @@ class Module(NamedTuple):
             yield name
 
 
+class Experts(NamedTuple):
+    """The same projection of several experts, `<parent>.<expert>.<projection>`, or a single module.
+
+    canonical, spellings   a name of each expert, and for each way of spelling it the names of all of them
+    fused, is_linear, others   as in `Module`
+    """
+
+    canonical: Sequence[str]
+    spellings: Sequence[Sequence[str]]
+    fused: str
+    is_linear: bool
+    others: tuple[str, ...]
+
+    def module(self, index: int) -> Module:
+        """That of one expert."""
+        spellings = tuple(names[index] for names in self.spellings)
+        return Module(self.canonical[index], spellings, self.fused, self.is_linear, self.others)
+
+
 Matcher = Callable[[Module], bool]
+
+# Patterns that cannot tell one number between dots from another: letters, ends, alternatives, `.*`, and a `\.` or `.` in a
+# place where no number can stand.
+_BLIND_TO_NUMBERS = re.compile(r"(?:[A-Za-z_|()^$]|\\\.|\.\*|(?<=[A-Za-z_])\.(?=[A-Za-z_]))*")
 
 
 @dataclass(slots=True)
@@ -175,7 +215,7 @@ class ModuleNames:
     canonical  canonical names           written   as they stand in the config -> the same canonical
     heads      what stands before such a star: sorted, and none of them begins with another
     starred    all of these as they stand in the config -> what stands before the star
-    patterns   matchers of everything else
+    patterns   matchers of everything else;   sighted  those of them that may tell one number from another
     drawn      patterns as they stand in the config, a matcher each
     containers what has been looked up: path -> whether it or a container of it is listed
     """
@@ -185,6 +225,7 @@ class ModuleNames:
     heads: list[str] = field(default_factory=list)
     starred: dict[str, str] = field(default_factory=dict)
     patterns: list[Matcher] = field(default_factory=list)
+    sighted: list[Matcher] = field(default_factory=list)
     drawn: dict[str, Matcher] = field(default_factory=dict)
     containers: dict[str, bool] = field(default_factory=dict)
 
@@ -210,7 +251,11 @@ class ModuleNames:
                 self._add_head(head)
                 return
         compiled = re.compile(fnmatch.translate(f"{head}{star}{tail}"))
-        self._add_pattern(pattern, lambda m: any(compiled.match(n) for n in (m.canonical, m.fused, *m.spellings, *m.others)))
+
+        def matches(module: Module) -> bool:
+            return any(compiled.match(n) for n in (module.canonical, module.fused, *module.spellings, *module.others))
+
+        self._add_pattern(pattern, matches, pattern.replace(".", "\\.").replace("*", ".*"))
 
     def _add_head(self, head: str) -> None:
         if self._begins(head):
@@ -248,11 +293,13 @@ class ModuleNames:
             with _REGEX_TIMER.watch(where, pattern):
                 return any(compiled.match(n) for n in {*module.spellings, module.canonical, *module.others})
 
-        self._add_pattern(f"re:{pattern}", matches)
+        self._add_pattern(f"re:{pattern}", matches, pattern)
 
-    def _add_pattern(self, pattern: str, matches: Matcher) -> None:
+    def _add_pattern(self, written: str, matches: Matcher, regex: str) -> None:
         self.patterns.append(matches)
-        self.drawn[pattern] = matches
+        self.drawn[written] = matches
+        if not _BLIND_TO_NUMBERS.fullmatch(regex):
+            self.sighted.append(matches)
 
     def cover(self, module: Module) -> bool:
         """Whether any name or pattern means this module."""
@@ -265,6 +312,20 @@ class ModuleNames:
         if self.heads and any(map(self._begins, (canonical, fused, *spellings, *others))):
             return True
         return any(matches(module) for matches in self.patterns)
+
+    def tells_apart(self, experts: Experts) -> bool:
+        """Whether this may cover the projection of some experts and not of others."""
+        count, columns = len(experts.canonical), (experts.canonical, *experts.spellings)
+        above = [name.rpartition(".")[0] for name in experts.canonical] if self.canonical else []
+        listed = [self.canonical.intersection(names) for names in (experts.canonical, above)]
+        listed += [self.written.keys() & names for names in experts.spellings if self.written]
+        if any(len(names) not in (0, count) for names in listed):
+            return True
+        for names in columns if self.heads else ():
+            ends = (min(names), max(names))  # what both of them begin with, or none of them, holds for all between
+            if len({(bisect_right(self.heads, name), self._begins(name)) for name in ends}) > 1:
+                return True
+        return any(len({matches(experts.module(i)) for i in range(count)}) > 1 for matches in self.sighted)
 
 
 def has_wildcard(name: str) -> bool:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+
+from ..errors import ConvertError, Problem
+from ..source import TensorInfo
 
 REQUANTIZE = "export the original model again as FP8 or NVFP4 (nvidia-modelopt or llm-compressor)"
 INTEGER = f"integer formats are not supported: {REQUANTIZE}"
@@ -62,3 +65,34 @@ WEIGHT_DTYPES: Mapping[str, tuple[str, str]] = {
     "I32": ("packed integer weights", INTEGER),
     "F8_E5M2": ("float8_e5m2 weights", "export with float8_e4m3fn"),
 }
+
+
+def refuse_foreign(
+    tensors: Collection[TensorInfo], modules: Mapping[str, Mapping[str, TensorInfo]], segments: set[str]
+) -> None:
+    """Raise `ConvertError` for checkpoints of these formats, by name, before anything else is looked at.
+
+    `modules`: the same tensors by stored module and last segment; `segments`: every segment of their names.
+    """
+    problems: dict[str, Problem] = {}
+    if not SEGMENTS.keys().isdisjoint(segments) or any(segment.endswith("_blocks") for segment in segments):
+        for info in tensors:
+            *_, suffix = path = info.name.split(".")
+            for segment in path:
+                if segment in SEGMENTS:
+                    name, remedy = SEGMENTS[segment]
+                    problems.setdefault(name, Problem(info.file, info.name, "plain weights", name, remedy))
+            if suffix.endswith("_blocks") and info.dtype == "U8":
+                remedy = QUANT_METHODS["mxfp4"]
+                problems.setdefault("b", Problem(info.file, info.name, "plain weights", "gpt-oss MXFP4 blocks", remedy))
+    first: dict[tuple[str, ...], TensorInfo] = {}  # a hundred thousand modules have few sets of tensors
+    for module in modules.values():
+        first.setdefault(tuple(module), next(iter(module.values())))
+    for present, near in first.items():
+        for wanted, name, remedy in TENSORS:
+            if wanted <= set(present):
+                found = f"{name} ({', '.join(sorted(wanted))})"
+                problems.setdefault(name, Problem(near.file, near.name, "FP8, NVFP4, MX or unquantised weights", found, remedy))
+                break
+    if problems:
+        raise ConvertError(problems.values())
