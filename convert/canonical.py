@@ -48,18 +48,20 @@ def _read_config(directory: Path) -> CanonicalConfig:
     try:
         return CanonicalConfig.from_json(value)
     except FormatError as error:
-        file, _, rest = str(error).partition(": expected ")
-        expected, _, tail = rest.partition(", found ")
-        found, _, remedy = tail.partition("; ")
-        raise ConvertError(Problem(file, "", expected or "a canonical config", found, remedy or AGAIN)) from None
+        place, expected, found, remedy = error.parts or ("", "a canonical config", str(error), AGAIN)
+        raise ConvertError(Problem(CONFIG_FILE, place, expected, found, remedy)) from None
 
 
 def _read_index(directory: Path) -> dict[str, str]:
     index = parse_json(regular_file(directory, INDEX_FILE).read_bytes(), INDEX_FILE).get("weight_map")
-    good = isinstance(index, dict) and all(isinstance(f, str) and f == os.path.basename(f) for f in index.values())
+    good = isinstance(index, dict) and all(map(_is_file_name, index.values()))
     if not good or not index:
         raise ConvertError(Problem(INDEX_FILE, "weight_map", "tensor name -> file name", "something else", AGAIN))
     return index
+
+
+def _is_file_name(name: Any) -> bool:
+    return isinstance(name, str) and name == os.path.basename(name) and name.isprintable() and 0 < len(name) < 256
 
 
 def _check_parameter(placed: Placed, item: Parameter, config: CanonicalConfig, tensors: dict[str, TensorInfo]) -> str:
@@ -142,9 +144,40 @@ def read_report(directory: Path) -> dict[str, Any]:
     if not (directory / REPORT_FILE).exists():
         return {}
     report = read_json(regular_file(directory, REPORT_FILE), REPORT_FILE)
-    lists = ("repairs", "contradictions", "dropped", "sources", "outputs")
-    if any(not isinstance(report.get(key, []), list) for key in lists):
+    good = all(isinstance(report.get(key, ""), str) for key in ("producer", "dialect"))
+    for key, wanted in _LISTS.items():
+        entries = report.get(key, [])
+        good = good and isinstance(entries, list) and all(_is(entry, wanted) for entry in entries)
+    if not good:
         raise ConvertError(Problem(REPORT_FILE, "", "the report of a conversion", "malformed values", AGAIN))
     return report
 
 
+_NUMBER = (int, float)
+_FILE = {"file": str, "size": int, "sha256": (str, type(None))}
+_LISTS: dict[str, Any] = {  # key of the report -> what the entries of its list are
+    "repairs": str,
+    "contradictions": str,
+    "dropped": {"tensor": str, "reason": str},
+    "sources": _FILE,
+    "outputs": _FILE,
+    "adapters": {
+        "name": str, "directory": str, "tensors": dict, "bytes": int, "config": {"r": _NUMBER, "lora_alpha": _NUMBER},
+    },
+}  # fmt: skip
+
+
+def _is(value: Any, wanted: Any) -> bool:
+    """Whether a JSON value is of the types `wanted`: for an object, those of its fields."""
+    if isinstance(wanted, dict):
+        return isinstance(value, dict) and all(key in value and _is(value[key], types) for key, types in wanted.items())
+    return isinstance(value, wanted)
+
+
+def file_inside(directory: Path, name: str) -> Path | None:
+    """The path of a regular file that a damaged report may name; None for anything else, such as a path that leads out."""
+    try:
+        path = (directory / name).resolve()
+        return path if path.is_relative_to(directory.resolve()) and path.is_file() else None
+    except (OSError, ValueError):  # a name that is too long, or has a NUL
+        return None

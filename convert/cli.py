@@ -150,7 +150,7 @@ def _print_plan(plan: Any) -> None:
             sources = " + ".join(
                 printable(t.source) + (f" x{t.repeat}" if t.repeat > 1 else "") for t in step.terms
             )
-            click.echo(f"  {sources}\n    -> {step.name} {step.dtype} {list(step.shape)}")
+            click.echo(f"  {sources}\n    -> {printable(step.name)} {step.dtype} {list(step.shape)}")
         if len(steps) > 3:
             click.echo(f"  ... and {len(steps) - 3} more")
     click.echo(f"\ndrop ({len(plan.dropped)})")
@@ -249,10 +249,12 @@ def inspect_command(directory: str, as_json: bool) -> None:
     if as_json:
         emit(facts)
         return
-    click.echo(f"{facts['kind']} checkpoint, {facts['dialect']} ({printable(facts['producer'])})")
+    click.echo(f"{facts['kind']} checkpoint, {printable(facts['dialect'])} ({printable(facts['producer'])})")
     click.echo(
-        f"family {facts['family']}: {facts['layers']} layers, hidden {facts['hidden_size']}, "
-        f"vocabulary {facts['vocab_size']}, head {facts['head']}"
+        printable(
+            f"family {facts['family']}: {facts['layers']} layers, hidden {facts['hidden_size']}, "
+            f"vocabulary {facts['vocab_size']}, head {facts['head']}"
+        )
     )
     click.echo(f"{facts['tensors']} tensors, {human(facts['bytes'])} in {facts['files']} files")
     total = max(1, facts["bytes"])
@@ -260,12 +262,12 @@ def inspect_command(directory: str, as_json: bool) -> None:
         click.echo(f"  {scheme:<12} {human(nbytes):>10}  {100 * nbytes / total:5.1f} %")
     click.echo("quantised modules" if facts["schemes"] else "no quantised modules")
     for kind, counts in facts["schemes"].items():
-        click.echo(f"  {kind:<42} " + "; ".join(f"{n} x {scheme}" for scheme, n in counts.items()))
+        click.echo(f"  {printable(kind):<42} " + "; ".join(f"{n} x {scheme}" for scheme, n in counts.items()))
     for name, parts in facts["unfused"].items():
-        click.echo(f"  not fused: {name} ({', '.join(parts)})")
+        click.echo(f"  not fused: {printable(name)} ({printable(', '.join(parts))})")
     cache = ", ".join(f"{count} layers per {kind}" for kind, count in facts["kv_cache"].items())
     click.echo(f"KV cache: {'FP8, ' + cache if cache else 'not quantised'}")
-    click.echo(f"carried: {', '.join(facts['carried']) or 'nothing'}")
+    click.echo(f"carried: {printable(', '.join(facts['carried'])) or 'nothing'}")
     for title in ("repairs", "contradictions"):
         click.echo(f"{title}: {len(facts[title]) or 'none'}")
         for line in facts[title]:

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from runtime.format import escaped
+
 ORIGINAL = "take the checkpoint of the original publisher"
 SHOWN_PROBLEMS = 10  # one run gives one list, but a screenful at most
 
 
 def printable(text: object) -> str:
     """`text` with control characters escaped and very long names cut, so that no input writes to the terminal."""
-    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+    shown = escaped(text)
     return shown if len(shown) <= 300 else f"{shown[:280]}... ({len(shown)} characters)"
 
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
-from runtime.format import CONFIG_FILE, FormatError
+from runtime.format import CONFIG_FILE, MAX_EXPERTS, MAX_SIZE, FormatError
 
 A = TypeVar("A", bound="Architecture")
 
@@ -43,6 +43,10 @@ class Architecture:
             counts = name.startswith(("num_", "linear_")) or name.endswith(("_size", "_dim", "_embeddings"))
             if counts and isinstance(value, int) and value < (0 if name in self.may_be_zero else 1):
                 raise refused(name, "a number above 0", value)
+            if counts and isinstance(value, int) and value > MAX_SIZE:
+                raise refused(name, f"at most {MAX_SIZE}", value)
+            if "experts" in name and isinstance(value, int) and value > MAX_EXPERTS:
+                raise refused(name, f"at most {MAX_EXPERTS} experts", value)
         if self.num_attention_heads % self.num_key_value_heads:
             raise refused("num_attention_heads", f"a multiple of {self.num_key_value_heads} KV heads", self.num_attention_heads)
         if self.head == "absent":

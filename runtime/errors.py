@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from runtime.format import escaped
+
 
 class LoadError(ValueError):
     """A file or tensor of a checkpoint directory that does not fit its `config.json`.
 
     The message is one line: file, tensor, what was expected, what was found, what to do.
     """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(escaped(message))
 
 
 class InputError(ValueError):

@@ -44,8 +44,50 @@ NVFP4_GROUP = 16  # elements along K that share an NVFP4 block scale
 MX_GROUP = 32  # elements along K that share an MX block scale
 
 
+# Limits on what is read; convert/limits.py has those of the converter alone.
+MAX_NUMBER = (1 << 63) - 1  # elements of a tensor
+MAX_SIZE = (1 << 31) - 1  # one size or count of a network; the largest published vocabulary is 262144
+MAX_EXPERTS = 10_000  # of one layer; the largest published model has 512
+
+
+def escaped(text: object) -> str:
+    """`text` on one line: control characters of untrusted names are written as escapes, and reach no terminal."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+
+
 class FormatError(ValueError):
-    """A canonical checkpoint that breaks the contract.  The message is one line that says what to do."""
+    """A canonical checkpoint that breaks the contract.  The message is one line that says what to do.
+
+    `parts`: place in `config.json`, expected, found and remedy, where the error is about such a place; else None.
+    """
+
+    def __init__(self, message: str, parts: tuple[str, str, str, str] | None = None) -> None:
+        super().__init__(escaped(message))
+        self.parts = parts
+
+
+def _broken(place: str, expected: str, found: object, remedy: str = "the checkpoint is damaged: convert again") -> FormatError:
+    shown = found if isinstance(found, str) else f"{found!r:.80}"
+    where = f"{CONFIG_FILE}: {place}: " if place else f"{CONFIG_FILE}: "
+    return FormatError(f"{where}expected {expected}, found {shown}; {remedy}", (place, expected, shown, remedy))
+
+
+def _entries(data: Any, place: str) -> dict[str, Any]:
+    """`data` if it is an object."""
+    if not isinstance(data, dict):
+        raise _broken(place, "an object", f"{data!r:.80}")
+    return data
+
+
+def _names(data: Any, place: str) -> tuple[str, ...]:
+    """`data` as a tuple of names."""
+    if not isinstance(data, list) or not all(isinstance(name, str) for name in data):
+        raise _broken(place, "a list of names", f"{data!r:.80}")
+    return tuple(data)
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 < value <= MAX_NUMBER
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,31 +140,35 @@ class ModuleSpec:
         return replace(self, shape=(count * self.shape[0], self.shape[1]), partitions=self.partitions * count, experts=None)
 
     @classmethod
-    def from_json(cls, name: str, entry: Mapping[str, Any]) -> ModuleSpec:
+    def from_json(cls, name: str, entry: Any) -> ModuleSpec:
         """Read one entry.  Raises `FormatError` when it names an unknown scheme or its partitions do not add up."""
-        try:
-            shape = (int(entry["shape"][0]), int(entry["shape"][1]))
-            partitions = tuple((str(p), int(n)) for p, n in entry.get("partitions", [["", shape[0]]]))
-            experts = int(entry["experts"]) if "experts" in entry else None
-            pre_quant_scale = bool(entry.get("pre_quant_scale"))
-            spec = cls(entry["scheme"], shape, partitions, entry["activations"], pre_quant_scale, experts)
-        except (KeyError, TypeError, ValueError, IndexError) as error:
-            raise FormatError(f"{CONFIG_FILE}: quantization.modules.{name}: malformed entry ({error!r})") from None
-        if spec.scheme not in SCHEMES:
-            raise FormatError(
-                f"{CONFIG_FILE}: quantization.modules.{name}: expected a scheme of {', '.join(SCHEMES)}, "
-                f"found {spec.scheme!r}; convert again, or use a newer runtime"
-            )
-        if spec.activations is not None and spec.activations not in ACTIVATIONS:
-            raise FormatError(
-                f"{CONFIG_FILE}: quantization.modules.{name}: expected activations of {', '.join(ACTIVATIONS)}, "
-                f"found {spec.activations!r}; convert again, or use a newer runtime"
-            )
-        if sum(rows for _, rows in partitions) != shape[0]:
-            raise FormatError(
-                f"{CONFIG_FILE}: quantization.modules.{name}: expected partitions of {shape[0]} rows in total, "
-                f"found {sum(rows for _, rows in partitions)}; convert again"
-            )
+        place = f"quantization.modules.{name}"
+        newer = "convert again, or use a newer runtime"
+        entry = _entries(entry, place)
+        shape, scheme, activations = entry.get("shape"), entry.get("scheme"), entry.get("activations")
+        partitions, experts = entry.get("partitions"), entry.get("experts")
+        if not isinstance(scheme, str) or scheme not in SCHEMES:
+            raise _broken(place, f"a scheme of {', '.join(SCHEMES)}", f"{scheme!r:.80}", newer)
+        known = activations is None or (isinstance(activations, str) and activations in ACTIVATIONS)
+        if "activations" not in entry or not known:
+            raise _broken(place, f"activations of {', '.join(ACTIVATIONS)}", f"{activations!r:.80}", newer)
+        if not isinstance(shape, list) or len(shape) != 2 or not all(map(_is_count, shape)) or shape[0] * shape[1] > MAX_NUMBER:
+            raise _broken(place, "a shape of two positive numbers", f"{shape!r:.80}")
+        if "experts" in entry and not (_is_count(experts) and experts * shape[0] * shape[1] <= MAX_NUMBER):
+            raise _broken(place, "a number of experts", f"{experts!r:.80}")
+        if type(entry.get("pre_quant_scale", False)) is not bool:
+            raise _broken(place, "pre_quant_scale true or false", f"{entry['pre_quant_scale']!r:.80}")
+        pairs: list[Any] = [["", shape[0]]]
+        if "partitions" in entry:
+            pairs = partitions if isinstance(partitions, list) else []
+        good = all(isinstance(p, list) and len(p) == 2 and isinstance(p[0], str) and _is_count(p[1]) for p in pairs)
+        if not pairs or not good:
+            raise _broken(place, "partitions of names and rows", f"{partitions!r:.80}")
+        if sum(rows for _, rows in pairs) != shape[0]:
+            rows = sum(rows for _, rows in pairs)
+            raise _broken(place, f"partitions of {shape[0]} rows in total", f"{rows}", "convert again")
+        named = tuple((p, n) for p, n in pairs)
+        spec = cls(scheme, (shape[0], shape[1]), named, activations, entry.get("pre_quant_scale", False), experts)
         return spec
 
 
@@ -242,29 +288,30 @@ class CanonicalConfig:
     def from_json(cls, data: Any) -> CanonicalConfig:
         """Read `config.json`.  Raises `FormatError` for another format, a newer version or a malformed part."""
         if not isinstance(data, dict) or data.get("format") != FORMAT:
-            raise FormatError(
-                f"{CONFIG_FILE}: expected format {FORMAT!r}, found "
-                f"{data.get('format') if isinstance(data, dict) else type(data).__name__!r}; "
-                "this is not a canonical checkpoint: run `qconvert IN OUT` first"
-            )
-        if data.get("format_version") != FORMAT_VERSION:
-            raise FormatError(
-                f"{CONFIG_FILE}: expected format_version {FORMAT_VERSION}, found {data.get('format_version')!r}; "
-                "use the version of qconvert that wrote it, or convert again"
-            )
-        try:
-            quantization = data["quantization"]
-            return cls(
-                family=data["family"],
-                architecture=data["architecture"],
-                modules={n: ModuleSpec.from_json(n, e) for n, e in quantization["modules"].items()},
-                kv_cache=dict(quantization["kv_cache"]),
-                unfused={n: tuple(parts) for n, parts in data["unfused"].items()},
-                carried=tuple(data["carried"]),
-                hf_config=data["hf_config"],
-            )
-        except (KeyError, TypeError, AttributeError) as error:
-            raise FormatError(f"{CONFIG_FILE}: malformed canonical config ({error!r}); convert again") from None
+            found = repr(data.get("format")) if isinstance(data, dict) else type(data).__name__
+            remedy = "this is not a canonical checkpoint: run `qconvert IN OUT` first"
+            raise _broken("", f"format {FORMAT!r}", f"{found:.80}", remedy)
+        if type(data.get("format_version")) is not int or data["format_version"] != FORMAT_VERSION:
+            remedy = "use the version of qconvert that wrote it, or convert again"
+            raise _broken("", f"format_version {FORMAT_VERSION}", f"{data.get('format_version')!r:.80}", remedy)
+        if not isinstance(data.get("family"), str):
+            raise _broken("family", "the name of a family", f"{data.get('family')!r:.80}")
+        quantization = _entries(data.get("quantization"), "quantization")
+        kv_cache = _entries(quantization.get("kv_cache"), "quantization.kv_cache")
+        for name, kind in kv_cache.items():
+            if kind not in ("tensor", "head"):
+                raise _broken(f"quantization.kv_cache.{name}", "tensor or head", f"{kind!r:.80}")
+        return cls(
+            family=data["family"],
+            architecture=_entries(data.get("architecture"), "architecture"),
+            modules={
+                n: ModuleSpec.from_json(n, e) for n, e in _entries(quantization.get("modules"), "quantization.modules").items()
+            },
+            kv_cache=kv_cache,
+            unfused={n: _names(parts, f"unfused.{n}") for n, parts in _entries(data.get("unfused"), "unfused").items()},
+            carried=_names(data.get("carried"), "carried"),
+            hf_config=_entries(data.get("hf_config"), "hf_config"),
+        )
 
     def is_carried(self, tensor: str) -> bool:
         """Whether a tensor is stored only to be carried: a dotted prefix of its name is listed in `carried`."""

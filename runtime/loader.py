@@ -140,7 +140,7 @@ def _read_json(directory: Path, name: str) -> Any:
             f"{directory / name}: expected a file of a canonical checkpoint, found {error.strerror}; "
             "run `qconvert IN OUT` and pass OUT"
         ) from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise LoadError(
             f"{directory / name}: expected JSON in UTF-8, found {error}; the file is damaged: convert again"
         ) from None

@@ -62,6 +62,12 @@ def rope_frequencies(theta: float, scaling: Mapping[str, Any] | None, rotary_dim
     fields = {name: value for name, value in scaling.items() if name not in _ROPE_IGNORED and value is not None}
     if not needed <= fields.keys() <= needed | optional:
         raise refused("rope_scaling", f"the fields {', '.join(sorted(needed)) or 'none'} of {kind}", sorted(fields))
+    for name, value in fields.items():
+        wanted = isinstance(value, bool) if name == "truncate" else _is_sane(value)
+        if not wanted:
+            raise refused(f"rope_scaling.{name}", "true or false" if name == "truncate" else "a number above 0", value)
+    if not (_is_sane(theta) and theta > 1):
+        raise refused("rope_theta", "a number above 1", theta)
 
     exponents = torch.arange(0, rotary_dim, 2, dtype=torch.float32, device="cpu") / rotary_dim
     inv_freq = 1.0 / (theta**exponents)
@@ -72,6 +78,11 @@ def rope_frequencies(theta: float, scaling: Mapping[str, Any] | None, rotary_dim
     if kind == "yarn":
         return _yarn(inv_freq, fields, theta, rotary_dim)
     return inv_freq, 1.0
+
+
+def _is_sane(value: Any) -> bool:
+    """Whether a number of a config is one that arithmetic with it can neither overflow nor divide by."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 1e-9 <= value <= 1e12
 
 
 def _llama3(inv_freq: Tensor, fields: Mapping[str, Any]) -> Tensor:

@@ -60,6 +60,8 @@ class Shard:
             ) from None
         except OSError as error:
             raise self._damaged(str(error.strerror)) from None
+        except ValueError as error:  # a name with a NUL
+            raise self._damaged(str(error)) from None
         try:
             self.tensors = self._read_header()
         except BaseException:
