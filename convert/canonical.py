@@ -160,7 +160,7 @@ _LISTS: dict[str, Any] = {  # key of the report -> what the entries of its list 
     "contradictions": str,
     "dropped": {"tensor": str, "reason": str},
     "sources": _FILE,
-    "outputs": _FILE,
+    "outputs": {"file": str, "size": int},  # and digests, of the whole file or of its parts
     "adapters": {
         "name": str, "directory": str, "tensors": dict, "bytes": int, "config": {"r": _NUMBER, "lora_alpha": _NUMBER},
     },

@@ -188,7 +188,8 @@ def _warn(lines: Sequence[str], skipped: dict[str, str]) -> None:
 @click.option("--verify", is_flag=True, help="Prove the result against IN before OUT appears.")
 @click.option("--force", is_flag=True, help="Replace a non-empty OUT, once the new one is complete.")
 @click.option("--workers", type=click.IntRange(1, 64), default=None, help="Threads that write files.")
-@click.option("--shard-size", type=ByteSize(), default="5GB", show_default=True, help="Data per output file.")
+@click.option("--resume", is_flag=True, help="Continue a run that was killed; the result is the same.")
+@click.option("--shard-size", type=ByteSize(), default=None, help="Data per file; default: as in IN, at most 5GB.")
 @click.option("--no-hash", is_flag=True, help="Do not record SHA-256 digests.")
 def convert_command(
     in_dir: str,
@@ -198,7 +199,8 @@ def convert_command(
     verify: bool,
     force: bool,
     workers: int | None,
-    shard_size: int,
+    resume: bool,
+    shard_size: int | None,
     no_hash: bool,
 ) -> None:
     """Convert the checkpoint in IN into a canonical one in OUT.
@@ -224,6 +226,7 @@ def convert_command(
             workers=workers,
             shard_size=shard_size,
             force=force,
+            resume=resume,
             verify=verify,
             hashes=not no_hash,
             progress=progress,
@@ -349,8 +352,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except click.ClickException as error:
         error.show()
         return error.exit_code
-    except (KeyboardInterrupt, click.Abort):
-        click.echo("qconvert: interrupted; OUT is as it was before: run the same command again", err=True)
+    except (KeyboardInterrupt, click.Abort) as error:
+        hint = str(error.__cause__ or error)  # click wraps the interrupt, which says how to continue
+        click.echo(f"qconvert: interrupted; {hint or 'OUT is as it was before: run the same command again'}", err=True)
         return 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,43 +1,40 @@
-"""Carries out a plan: streams byte ranges from source files into the shards of OUT.
+"""Carries out a plan: writes the files of OUT in a directory beside it, which becomes OUT when everything is on disk.
 
-Most bytes go from file to file without passing through Python; FP8 codes and block scales are read in pieces, because their
-values are checked on the way.  Peak memory: `CHUNK` bytes per worker and the small tensors that are computed (scales).
+Each worker is a thread that writes one file at a time: the kernel moves the bytes (`convert.copying`), Python looks at codes as
+they pass and computes scales (`convert.values`).  Peak memory: two pieces of `copying.PIECE` for each worker, and the small
+tensors that are computed.
 """
 
 from __future__ import annotations
 
-import errno
+import hashlib
 import json
 import os
 import shutil
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from runtime.format import CONFIG_FILE, INDEX_FILE, REPORT_FILE
 
-from .apply import count_zeros, find_fault, mean, transform
-from .digests import file_digest
-from .errors import ORIGINAL, ConvertError, MachineError, Problem
-from .ops import CHECKS, Step
+from .copying import Flusher, Sources, Target, can_clone, changed
+from .digests import file_digest, range_digests
+from .errors import ConvertError, MachineError, Problem
+from .json_files import sealed, write_json
+from .layout import copied_ranges, data_residue
+from .ops import Step
 from .plan import Plan
-from .planner import DEFAULT_SHARD_SIZE, plan_source
+from .planner import plan_source
 from .safetensors_writer import header_bytes
-from .source import ADAPTER_CONFIG, ADAPTER_WEIGHTS, SourceFile, TensorInfo, read_source
-from .staging import check_target, staged
-
-CHUNK = 4 << 20
-COPY_AT_ONCE = 64 << 20  # bytes that the kernel copies between two looks at progress
-# copy_file_range's answers where it is not available between two files; reads and writes take over.
-NOT_POSSIBLE = frozenset({errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF})
-SHIFTED_NORM = (0.5, 1.5)  # a zero-centred norm averages around 0, one that holds 1 + weight around 1
-STREAMED_CHECKS = frozenset({"fp8_codes", "e4m3_scale", "e8m0_scale"})
+from .source import ADAPTER_CONFIG, ADAPTER_WEIGHTS, QUANT_FILE, Source, read_json, read_source
+from .staging import Staging, check_target, staged, sync_file, tidy
+from .values import STREAMED_CHECKS, Codes, Values
 
 Progress = Callable[[int], None]  # called with the number of bytes written since the last call
+Identity = tuple[int, int, int]  # size, mtime in ns, inode
 
 
 @dataclass(slots=True)
@@ -57,267 +54,210 @@ class Report:
         return dict(self.data)
 
 
-class _Files:
-    """The open source files of one run, with a handle for each thread."""
+@dataclass(frozen=True, slots=True)
+class _Shard:
+    """A file of OUT as it will be: its header, its tensors, and how many of their bytes can be cloned from IN."""
 
-    def __init__(self, files: dict[str, SourceFile], stack: ExitStack) -> None:
-        self._files, self._stack = files, stack
-        self._local = threading.local()
-        self._lock = threading.Lock()
+    name: str
+    header: bytes
+    steps: list[Step]
+    cloneable: int
 
-    def descriptor(self, name: str) -> int:
-        """A descriptor of a source file for this thread."""
-        handles: dict[str, BinaryIO] = self._local.__dict__.setdefault("handles", {})
-        if name not in handles:
-            stream = self._files[name].path.open("rb", buffering=0)
-            with self._lock:
-                self._stack.callback(stream.close)
-            handles[name] = stream
-        return handles[name].fileno()
+    @property
+    def size(self) -> int:
+        """Bytes of the whole file."""
+        return len(self.header) + sum(step.nbytes for step in self.steps)
 
-    def read(self, info: TensorInfo) -> bytes:
-        """All bytes of a tensor; for small ones."""
-        return b"".join(self.pieces(info))
-
-    def pieces(self, info: TensorInfo) -> Iterator[bytes]:
-        """The bytes of a tensor in pieces of at most `CHUNK`."""
-        descriptor, position = self.descriptor(info.file), info.start
-        while position < info.end:
-            piece = os.pread(descriptor, min(CHUNK, info.end - position), position)
-            if not piece:
-                raise _changed(info.file)
-            yield piece
-            position += len(piece)
+    def tensor_ranges(self) -> list[tuple[int, int]]:
+        """Where the header and then each tensor lie."""
+        ranges = [(0, len(self.header))]
+        for step in self.steps:
+            start = ranges[-1][1]
+            ranges.append((start, start + step.nbytes))
+        return ranges
 
 
-def _changed(file: str) -> MachineError:
-    return MachineError(
-        Problem(file, "", "the file as it was when planning", "one that changed meanwhile", "convert again when it is stable")
-    )
+def _shards(plan: Plan) -> list[_Shard]:
+    shards = []
+    for name, indices in plan.shards.items():
+        steps = [plan.steps[i] for i in indices]
+        residue, cloneable = data_residue(steps, plan.source.tensors)
+        header = header_bytes(((s.name, s.dtype, s.shape, s.nbytes) for s in steps), residue)
+        shards.append(_Shard(name, header, steps, cloneable))
+    return shards
 
 
-def _fault(info: TensorInfo, check: str, found: str) -> ConvertError:
-    return ConvertError(
-        Problem(
-            info.file, info.name, f"values {CHECKS[check]}", found,
-            "the tensor was never calibrated, or is damaged: fetch or export the checkpoint again",
-        )
-    )  # fmt: skip
+def _plan_digest(plan: Plan, shards: Iterable[_Shard]) -> str:
+    """Identity of everything that a run will write: equal for two runs that write the same bytes, given the same source."""
+    from . import __version__
+
+    digest = hashlib.sha256(__version__.encode())
+    for shard in shards:
+        digest.update(shard.header)
+        for step in shard.steps:
+            digest.update(repr((step.terms, step.check)).encode())
+    rest = [plan.config.to_json(), [a.to_json() for a in plan.adapters], sorted(plan.source.side_files)]
+    digest.update(json.dumps(rest).encode())
+    return digest.hexdigest()
 
 
-def check_values(plan: Plan, files: _Files) -> int:
-    """Check every small scale of a plan before anything is written.  Returns the number of zero block scales among them.
-
-    Raises `ConvertError` with all faults found.
-    """
-    problems: list[Problem] = []
-    experts: dict[str, dict[int, tuple[TensorInfo, str, str]]] = {}  # stack -> expert -> its fault
-    zeros = 0
-    norms: list[tuple[TensorInfo, float]] = []
-    for step in plan.steps:
-        if not step.check or step.check in STREAMED_CHECKS:
-            continue
-        if step.check == "zero_centred":
-            (info,) = plan.source_of(step)
-            norms.append((info, mean(files.read(info), info.dtype)))
-            continue
-        for term in step.terms:
-            info = plan.source.tensors[term.source].rows(term.rows)
-            data = files.read(info)
-            found = find_fault(step.check, data, info.dtype, term.transform)
-            if found and term.rows is None:
-                problems += _fault(info, step.check, found).problems
-            elif found and term.rows is not None:  # a stack of experts: a step takes all at once, or one after another
-                stack = plan.source.tensors[term.source]
-                for e in range(*term.rows):
-                    one = find_fault(step.check, files.read(stack.rows((e, e + 1))), info.dtype, term.transform)
-                    if one:
-                        experts.setdefault(info.name, {}).setdefault(e, (stack, step.check, one))
-            zeros += count_zeros(step.check, data, info.dtype)
-    for faults in experts.values():
-        first = min(faults)
-        info, check, found = faults[first]
-        found += f" in expert {first}" + (f", the first of {len(faults)} such experts" if len(faults) > 1 else "")
-        problems += _fault(info, check, found).problems
-    if norms and all(SHIFTED_NORM[0] < value < SHIFTED_NORM[1] for _, value in norms):
-        info, value = norms[0]
-        problems.append(
-            Problem(
-                info.file, info.name, "norm weights around 0, to which the model adds 1",
-                f"{value:.2f} on average, and around 1 in all {len(norms)} norms: 1 is added already",
-                f"an MLX repack stores them so: subtract 1 from them, or {ORIGINAL}",
-            )
-        )
-    if problems:
-        raise ConvertError(problems)
-    return zeros
+def _identity(path: Path) -> Identity:
+    status = path.stat()
+    return (status.st_size, status.st_mtime_ns, status.st_ino)
 
 
-class _Target:
-    """A file of OUT that is being written: counts progress, and stops between pieces when the run is given up."""
-
-    def __init__(self, stream: BinaryIO, progress: Progress, stop: threading.Event) -> None:
-        self._stream, self._progress, self._stop = stream, progress, stop
-
-    def _advance(self, nbytes: int) -> None:
-        self._progress(nbytes)
-        if self._stop.is_set():
-            raise InterruptedError("the conversion was given up")
-
-    def write(self, data: bytes) -> None:
-        """Append all of `data`: an unbuffered write may stop short."""
-        view = memoryview(data)
-        while view:
-            written = self._stream.write(view)
-            view = view[written:]
-            self._advance(written)
-
-    def copy_range(self, files: _Files, info: TensorInfo) -> None:
-        """Append a tensor's bytes, in the kernel where platform and file systems allow it."""
-        descriptor, position = files.descriptor(info.file), info.start
-        while position < info.end and hasattr(os, "copy_file_range"):
-            try:
-                count = min(COPY_AT_ONCE, info.end - position)
-                copied = os.copy_file_range(descriptor, self._stream.fileno(), count, position)
-            except OSError as error:
-                if error.errno not in NOT_POSSIBLE:
-                    raise
-                break
-            if copied == 0:
-                raise _changed(info.file)
-            position += copied
-            self._advance(copied)
-        for piece in files.pieces(TensorInfo(info.name, info.dtype, info.shape, info.file, position, info.end)):
-            self.write(piece)
+def _identities(source: Source) -> dict[str, Identity]:
+    """What tells whether IN changed: each file that OUT is made of."""
+    known = {file.name: file.identity for file in source.files.values()}
+    known |= {name: _identity(path) for name, path in source.side_files.items()}
+    for name in (CONFIG_FILE, QUANT_FILE):
+        if (source.directory / name).exists():
+            known[name] = _identity(source.directory / name)
+    return known
 
 
-def _write_step(plan: Plan, step: Step, files: _Files, target: _Target) -> int:
-    """Append one canonical tensor to `target`.  Returns the number of zero block scales in it."""
-    zeros = 0
-    for term in step.terms:
-        info = plan.source.tensors[term.source].rows(term.rows)
-        if term.transform == "copy" and term.repeat == 1:
-            if step.check in STREAMED_CHECKS:
-                for piece in files.pieces(info):
-                    found = find_fault(step.check, piece, info.dtype)
-                    if found:
-                        raise _fault(info, step.check, found)
-                    zeros += count_zeros(step.check, piece, info.dtype)
-                    target.write(piece)
-            else:
-                target.copy_range(files, info)
-            continue
-        for part in info.split() if term.transform.startswith("transpose") else (info,):
-            data = files.read(part)
-            if step.check in STREAMED_CHECKS:
-                found = find_fault(step.check, data, info.dtype)
-                if found:
-                    raise _fault(info, step.check, found)
-                zeros += count_zeros(step.check, data, info.dtype)
-            data = transform(term.transform, data, info.dtype, info.shape[-1] if info.shape else 1)
-            for _ in range(term.repeat):
-                target.write(data)
-    return zeros
-
-
-def _write_shard(
-    plan: Plan, name: str, files: _Files, staging: Path, progress: Progress, stop: threading.Event
-) -> int:
-    """Write one shard of OUT and flush it.  Returns the number of zero block scales in it."""
-    steps = [plan.steps[i] for i in plan.shards[name]]
-    zeros = 0
-    with (staging / name).open("wb", buffering=0) as stream:
-        _Target(stream, lambda _: None, stop).write(header_bytes((s.name, s.dtype, s.shape, s.nbytes) for s in steps))
-        target = _Target(stream, progress, stop)
-        for step in steps:
-            zeros += _write_step(plan, step, files, target)
-        os.fsync(stream.fileno())
-    return zeros
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file for people to read, and flush it to disk."""
-    with path.open("w", encoding="utf-8") as stream:
-        json.dump(value, stream, indent=2)
-        stream.write("\n")
-        stream.flush()
-        os.fsync(stream.fileno())
-
-
-def _copy_side_files(plan: Plan, staging: Path) -> None:
-    for relative, path in plan.source.side_files.items():
-        target = staging / relative
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, target)
-
-
-def _write_adapters(plan: Plan, files: _Files, staging: Path, stop: threading.Event) -> list[str]:
-    """Write the LoRA adapters beside the base, byte for byte.  Returns the names of their files."""
-    written = []
-    for adapter in plan.adapters:
-        folder = staging / adapter.directory
-        folder.mkdir(parents=True, exist_ok=True)
-        with (folder / ADAPTER_WEIGHTS).open("wb", buffering=0) as stream:
-            target = _Target(stream, lambda _: None, stop)
-            target.write(header_bytes((name, i.dtype, i.shape, i.end - i.start) for name, i in adapter.tensors))
-            for _, info in adapter.tensors:
-                target.copy_range(files, info)
-            os.fsync(stream.fileno())
-        write_json(folder / ADAPTER_CONFIG, dict(adapter.config))
-        written += [f"{adapter.directory}/{name}" for name in (ADAPTER_WEIGHTS, ADAPTER_CONFIG)]
-    return written
-
-
-def _write_metadata(plan: Plan, staging: Path) -> None:
-    """Write index and config."""
-    index = {plan.steps[i].name: name for name, indices in plan.shards.items() for i in indices}
-    write_json(
-        staging / INDEX_FILE, {"metadata": {"total_size": plan.total_bytes}, "weight_map": dict(sorted(index.items()))}
-    )
-    write_json(staging / CONFIG_FILE, plan.config.to_json())
-
-
-def _execute(plan: Plan, staging: Path, workers: int, hashes: bool, progress: Progress) -> Report:
-    source = plan.source
-    outputs: list[Future[str]] = []
-    stop = threading.Event()
-    with ExitStack() as stack:
-        files = _Files(source.files, stack)
-        zeros = check_values(plan, files)
-        pool = stack.enter_context(ThreadPoolExecutor(max(1, workers)))
-        hasher = stack.enter_context(ThreadPoolExecutor(1))
+def _check_unchanged(source: Source, before: Mapping[str, Identity]) -> None:
+    """Raise `MachineError` when a file of IN is not the one that was planned."""
+    for name, identity in before.items():
+        file = source.files.get(name)
+        path = file.path if file else source.side_files.get(name, source.directory / name)
         try:
-            inputs = [hasher.submit(file_digest, f.path) for f in source.files.values()] if hashes else []
-            shards = [pool.submit(_write_shard, plan, n, files, staging, progress, stop) for n in plan.shards]
-            done, _ = wait(shards, return_when=FIRST_EXCEPTION)
-            zeros += sum(f.result() for f in done)
-            _copy_side_files(plan, staging)
-            adapter_files = _write_adapters(plan, files, staging, stop)
-            _write_metadata(plan, staging)
-            written = [*plan.shards, INDEX_FILE, CONFIG_FILE, *adapter_files, *sorted(source.side_files)]
-            outputs = [hasher.submit(file_digest, staging / n) for n in written] if hashes else []
-            source_digests = [f.result() for f in inputs]
-            output_digests = [f.result() for f in outputs]
-        except BaseException:
-            stop.set()
-            pool.shutdown(wait=True, cancel_futures=True)
-            hasher.shutdown(wait=True, cancel_futures=True)
-            raise
-    for file in source.files.values():
-        status = file.path.stat()
-        if (status.st_size, status.st_mtime_ns, status.st_ino) != file.identity:
-            raise _changed(file.name)
-    report = Report(_report(plan, zeros))
-    for key, names, digests in (
-        ("sources", list(source.files), source_digests),
-        ("outputs", written, output_digests),
-    ):
-        sizes = [source.files[n].identity[0] if key == "sources" else (staging / n).stat().st_size for n in names]
-        report.data[key] = [
-            {"file": n, "size": size, "sha256": digest or None}
-            for n, size, digest in zip(names, sizes, digests or [""] * len(names), strict=True)
+            same = _identity(path) == identity
+        except FileNotFoundError:
+            same = False
+        if not same:
+            raise changed(name)
+
+
+@dataclass(slots=True)
+class _Run:
+    """One run: what its threads share."""
+
+    plan: Plan
+    sources: Sources
+    values: Values
+    staging: Staging
+    progress: Progress
+    flusher: Flusher
+    stop: threading.Event = field(default_factory=threading.Event)
+    noting: threading.Lock = field(default_factory=threading.Lock)
+
+    def write_shard(self, shard: _Shard) -> int:
+        """Write one file of OUT, flush it and note it in the journal.  Returns the number of zero block scales in it."""
+        done = self.staging.done.get(shard.name)
+        if done is not None and done["size"] == shard.size:
+            self.progress(shard.size - len(shard.header))
+            return int(done["zeros"])
+        target = Target(self.staging.path / shard.name, self.sources, self.progress, self.stop, self.flusher)
+        try:
+            target.write(shard.header)
+            zeros = sum(self._write_step(step, target) for step in shard.steps)
+            target.finish()
+        finally:
+            target.close()
+        with self.noting:
+            self.staging.completed(shard.name, zeros=zeros)
+        return zeros
+
+    def _write_step(self, step: Step, target: Target) -> int:
+        tensors = self.plan.source.tensors
+        codes = Codes(step, tensors, self.sources) if step.check in STREAMED_CHECKS else None
+        ranges = copied_ranges(step, tensors)
+        if ranges is None:
+            for data in self.values.computed(step, codes):
+                target.write(data)
+        else:
+            for file, start, end in ranges:
+                target.copy(file, start, end, codes.look if codes else None)
+        return codes.zeros if codes else 0
+
+    def copy_side_files(self) -> None:
+        """Copy tokenizer, licence and the like byte for byte, and flush them."""
+        for relative, path in self.plan.source.side_files.items():
+            target = self.staging.path / relative
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, target)
+            sync_file(target)
+
+    def write_adapters(self) -> list[str]:
+        """Write the LoRA adapters beside the base, byte for byte.  Returns the names of their files."""
+        written = []
+        for adapter in self.plan.adapters:
+            folder = self.staging.path / adapter.directory
+            folder.mkdir(parents=True, exist_ok=True)
+            target = Target(folder / ADAPTER_WEIGHTS, self.sources, lambda _: None, self.stop)
+            try:
+                target.write(header_bytes((name, i.dtype, i.shape, i.end - i.start) for name, i in adapter.tensors))
+                for _, info in adapter.tensors:
+                    target.copy(info.file, info.start, info.end)
+                target.finish()
+            finally:
+                target.close()
+            write_json(folder / ADAPTER_CONFIG, dict(adapter.config))
+            written += [f"{adapter.directory}/{name}" for name in (ADAPTER_WEIGHTS, ADAPTER_CONFIG)]
+        return written
+
+    def write_metadata(self) -> None:
+        """Write index and config."""
+        plan = self.plan
+        index = {plan.steps[i].name: name for name, indices in plan.shards.items() for i in indices}
+        value = {"metadata": {"total_size": plan.total_bytes}, "weight_map": dict(sorted(index.items()))}
+        write_json(self.staging.path / INDEX_FILE, value)
+        write_json(self.staging.path / CONFIG_FILE, plan.config.to_json())
+
+
+def _shard_digests(path: Path, shard: _Shard) -> dict[str, Any]:
+    """SHA-256 of a file's header, and of each of its tensors."""
+    header, *tensors = range_digests(path, shard.tensor_ranges())
+    return {"header_sha256": header, "tensors": dict(zip((s.name for s in shard.steps), tensors, strict=True))}
+
+
+def _execute(
+    run: _Run, shards: list[_Shard], workers: int, hashes: bool, digest: str, before: Mapping[str, Identity]
+) -> Report:
+    """Write everything into the staging directory: tensors, side files, adapters, index, config, and the report at last."""
+    plan, source, folder = run.plan, run.plan.source, run.staging.path
+    pool, hasher = ThreadPoolExecutor(workers), ThreadPoolExecutor(workers)
+    hashed: dict[str, Future[dict[str, Any]]] = {}
+    try:
+        zeros = run.values.check(plan)
+
+        def write(shard: _Shard) -> int:
+            found = run.write_shard(shard)
+            if hashes and not run.stop.is_set():
+                hashed[shard.name] = hasher.submit(_shard_digests, folder / shard.name, shard)
+            return found
+
+        written = [pool.submit(write, shard) for shard in shards]
+        inputs = {f.name: hasher.submit(file_digest, f.path) for f in source.files.values()} if hashes else {}
+        done, _ = wait(written, return_when=FIRST_EXCEPTION)
+        zeros += sum(future.result() for future in done)
+        run.copy_side_files()
+        others = run.write_adapters()
+        run.write_metadata()
+        others += [INDEX_FILE, CONFIG_FILE, *sorted(source.side_files)]
+        report = Report(_report(plan, zeros))
+        report.data["plan_sha256"] = digest
+        report.data["sources"] = [
+            {"file": n, "size": f.identity[0], "sha256": inputs[n].result() if hashes else None}
+            for n, f in source.files.items()
         ]
-    write_json(staging / REPORT_FILE, report.data)
+        nothing = {"header_sha256": None, "tensors": None}
+        report.data["outputs"] = [
+            {"file": s.name, "size": s.size, **(hashed[s.name].result() if hashes else nothing)} for s in shards
+        ] + [
+            {"file": n, "size": (folder / n).stat().st_size, "sha256": file_digest(folder / n) if hashes else None}
+            for n in others
+        ]
+    except BaseException:
+        run.stop.set()
+        raise
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+        hasher.shutdown(wait=True, cancel_futures=True)
+    _check_unchanged(source, before)
+    report.data = sealed(report.data)
+    write_json(folder / REPORT_FILE, report.data)
     return report
 
 
@@ -352,8 +292,9 @@ def convert_checkpoint(
     out_dir: str | os.PathLike[str],
     *,
     workers: int | None = None,
-    shard_size: int = DEFAULT_SHARD_SIZE,
+    shard_size: int | None = None,
     force: bool = False,
+    resume: bool = False,
     verify: bool = False,
     hashes: bool = True,
     progress: Callable[[int, int], None] | None = None,
@@ -361,8 +302,11 @@ def convert_checkpoint(
     """Convert a checkpoint directory into a canonical one.
 
     workers     threads that write shards; default `default_workers()`
-    shard_size  bytes of data per output file
+    shard_size  bytes of data per output file; None for the files of IN where they serve (`layout.pack`)
     force       replace a non-empty `out_dir`, once the new one is complete
+    resume      continue a run that was killed or interrupted; the result is the same as that of one run.  Files that the
+                earlier run completed are kept.  Starts from the beginning when there is nothing to continue, and does
+                nothing when `out_dir` is complete already
     verify      prove the result against the source before `out_dir` appears
     hashes      record SHA-256 of every source and output file
     progress    called with (bytes written, total bytes) as the work goes on, from worker threads
@@ -371,9 +315,18 @@ def convert_checkpoint(
     `MachineError` when the disk fails.  On any error `out_dir` is as it was before.
     """
     source, out = Path(in_dir), Path(out_dir)
-    if source.is_dir():
+    finished = _read_finished(out) if resume else None
+    if source.is_dir() and not finished:
         check_target(out, source, force)
     plan = plan_source(read_source(source), shard_size)
+    shards = _shards(plan)
+    digest = _plan_digest(plan, shards)
+    before = _identities(plan.source)
+    if finished:
+        if _made_from(finished, out, digest, before):
+            tidy(out)
+            return Report(finished)
+        check_target(out, source, force)
     written = 0
     lock = threading.Lock()
 
@@ -384,19 +337,56 @@ def convert_checkpoint(
             if progress is not None:
                 progress(written, plan.total_bytes)
 
+    work: Staging | None = None
+    identity = {"plan": digest, "in": {name: list(known) for name, known in before.items()}}
     try:
-        side_bytes = sum(p.stat().st_size for p in plan.source.side_files.values())
-        adapter_bytes = sum(adapter.nbytes for adapter in plan.adapters)
-        with staged(out, plan.total_bytes + side_bytes + adapter_bytes) as staging:
-            report = _execute(plan, staging, workers or default_workers(), hashes, advance)
+        with staged(out, identity, resume) as work, Sources(plan.source.files) as sources, Flusher() as flusher:
+            _check_space(work, plan, shards, sources)
+            run = _Run(plan, sources, Values(plan, sources), work, advance, flusher)
+            report = _execute(run, shards, workers or default_workers(), hashes, digest, before)
             if verify:
                 from .verifier import verify_conversion
 
-                result = verify_conversion(source, staging)
+                result = verify_conversion(source, work.path)
                 report.data["verified"] = {"tensors": result.tensors, "elements": result.elements}
     except OSError as error:
+        again = _again(work, shards) or "correct this and run again: OUT is untouched"
         where = str(error.filename or out)
-        raise MachineError(
-            Problem(where, "", "a working disk", error.strerror or repr(error), "correct this and run again: OUT is untouched")
-        ) from error
+        raise MachineError(Problem(where, "", "a working disk", error.strerror or repr(error), again)) from error
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(_again(work, shards) or "OUT is as it was before: run the same command again") from None
     return report
+
+
+def _again(work: Staging | None, shards: list[_Shard]) -> str:
+    """How to continue, when files of this run were kept."""
+    if work is None or not work.kept:
+        return ""
+    return (
+        f"OUT is as it was before, {len(work.done)} of its {len(shards)} files are done: run again with --resume to continue, "
+        f"without it to start anew"
+    )
+
+
+def _check_space(work: Staging, plan: Plan, shards: list[_Shard], sources: Sources) -> None:
+    """Ask for the room that is still needed: neither for what an earlier run left, nor for what is cloned."""
+    needed = sum(p.stat().st_size for p in plan.source.side_files.values()) + sum(a.nbytes for a in plan.adapters)
+    missing = [shard for shard in shards if shard.name not in work.done]
+    needed += sum(shard.size for shard in missing)
+    if any(shard.cloneable for shard in missing) and can_clone(sources, next(iter(plan.source.files)), work.path):
+        needed -= sum(shard.cloneable for shard in missing)
+    work.check_space(needed)
+
+
+def _read_finished(out: Path) -> dict[str, Any] | None:
+    """The report of a complete OUT, or None."""
+    try:
+        return read_json(out / REPORT_FILE, REPORT_FILE)
+    except (OSError, ConvertError):
+        return None
+
+
+def _made_from(report: dict[str, Any], out: Path, digest: str, before: Mapping[str, Identity]) -> bool:
+    """Whether a complete OUT is what this run would write: of the same plan, and written after IN last changed."""
+    written_ns = (out / REPORT_FILE).stat().st_mtime_ns
+    return report.get("plan_sha256") == digest and all(mtime_ns <= written_ns for _, mtime_ns, _ in before.values())

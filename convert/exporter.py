@@ -19,11 +19,11 @@ from .apply import to_float32
 from .canonical import Canonical, malformed, open_canonical
 from .dequantize import dequantize_rows, to_bfloat16
 from .errors import ConvertError, MachineError, Problem, UsageError
-from .executor import write_json
 from .families.base import Linear, hub_name, text_config
-from .planner import DEFAULT_SHARD_SIZE
+from .json_files import write_json
+from .layout import DEFAULT_SHARD_SIZE
 from .safetensors_writer import header_bytes
-from .staging import check_target, staged
+from .staging import check_target, staged, sync_file
 
 DTYPES = {"float32": ("F32", 4), "bfloat16": ("BF16", 2)}
 ROWS_BYTES = 64 << 20  # float32 bytes of a weight that are in memory at a time
@@ -238,7 +238,9 @@ def export_checkpoint(
         shards[-1].append(output)
     total = sum(o.nbytes for o in outputs)
     try:
-        with staged(target, total) as staging:
+        with staged(target) as work:
+            work.check_space(total)
+            staging = work.path
             index: dict[str, str] = {}
             for number, shard in enumerate(shards, 1):
                 name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
@@ -253,6 +255,7 @@ def export_checkpoint(
                 if path.is_file() and not path.is_symlink() and relative.as_posix() not in ours:
                     (staging / relative).parent.mkdir(parents=True, exist_ok=True)
                     shutil.copyfile(path, staging / relative)
+                    sync_file(staging / relative)
     except OSError as error:
         raise MachineError(
             Problem(str(error.filename or target), "", "a working disk", error.strerror or repr(error), "correct it, run again")

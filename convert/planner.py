@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from runtime.format import (
-    DTYPE_BYTES,
     CanonicalConfig,
     ceil_div,
 )
@@ -45,6 +44,7 @@ from .families.base import (
 )
 from .index import Index, Modules, all_segments, by_module
 from .kv_scales import plan_kv_scales
+from .layout import pack
 from .linears import Linears
 from .lists import Inventory, idle_entries
 from .ops import Step, Term
@@ -52,7 +52,6 @@ from .plan import Dropped, Plan
 from .recognise import encodings_for
 from .source import MAX_LAYERS, Source, read_source
 
-DEFAULT_SHARD_SIZE = 5_000_000_000
 QUANT_KEYS = ("quantization_config", "compression_config", "quantization")
 
 CHANNELS_LAST = f"these are the axes of MLX, whose repacks also change norms: {ORIGINAL}"
@@ -234,25 +233,6 @@ class _Planner:
         return lines
 
 
-def _pack(steps: Sequence[Step], shard_size: int) -> dict[str, list[int]]:
-    """Shard file name -> steps, in model order, at most `shard_size` bytes each (a larger tensor has one to itself).
-
-    Within a shard, tensors of wider elements come first, so that each one is aligned to its element size.
-    """
-    groups: list[list[int]] = [[]]
-    filled = 0
-    for index, step in enumerate(steps):
-        if groups[-1] and filled + step.nbytes > shard_size:
-            groups.append([])
-            filled = 0
-        groups[-1].append(index)
-        filled += step.nbytes
-    for group in groups:
-        group.sort(key=lambda i: -DTYPE_BYTES[steps[i].dtype])
-    total = len(groups)
-    return {f"model-{n:05d}-of-{total:05d}.safetensors": group for n, group in enumerate(groups, 1)}
-
-
 def _without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
     """`config.json` without its quantisation blocks, at the top and in nested configs; nothing else is changed.
 
@@ -292,10 +272,10 @@ def _producer(source: Source) -> str:
 
 @collector_paused()
 @regexes_limited()
-def plan_source(source: Source, shard_size: int = DEFAULT_SHARD_SIZE) -> Plan:
+def plan_source(source: Source, shard_size: int | None = None) -> Plan:
     """Plan the conversion of a source that has been read.
 
-    `shard_size`: bytes of data per output file.  Raises `ConvertError` with every problem that headers and configs show.
+    `shard_size`: see `layout.pack`.  Raises `ConvertError` with every problem that headers and configs show.
     """
     configs = find_configs(source.config, source.quant_file)  # names an unsupported method before an unsupported family
     stored = by_module(source.tensors.items())
@@ -366,11 +346,11 @@ def plan_source(source: Source, shard_size: int = DEFAULT_SHARD_SIZE) -> Plan:
         contradictions=draft.describe_contradictions(),
         adapters=adapters,
     )
-    plan.shards = _pack(plan.steps, shard_size)
+    plan.shards = pack(plan.steps, source.tensors, shard_size)
     return plan
 
 
-def plan_conversion(in_dir: str | os.PathLike[str], shard_size: int = DEFAULT_SHARD_SIZE) -> Plan:
+def plan_conversion(in_dir: str | os.PathLike[str], shard_size: int | None = None) -> Plan:
     """Read a checkpoint's headers and plan its conversion.  No tensor data is read; neither torch nor NumPy is needed.
 
     Raises `ConvertError` when the checkpoint is refused.

@@ -13,6 +13,7 @@ import mmap
 import os
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,18 +21,20 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.format import CONFIG_FILE, CanonicalConfig, ModuleSpec, ceil_div
+from runtime.format import CONFIG_FILE, INDEX_FILE, REPORT_FILE, CanonicalConfig, ModuleSpec, ceil_div
 
 from .adapters import DIRECTORY, Adapter, without_marks
 from .canonical import Canonical, file_inside, malformed, open_canonical, read_report
-from .digests import file_digest
+from .digests import file_digest, range_digests
 from .errors import ConvertError, Problem
 from .families.base import Parameter, Placed, joined_names
+from .json_files import is_sealed, is_spelled
 from .names import canonical_name
 from .planner import plan_source
-from .source import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Source, read_source
+from .source import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Source, read_json, read_source
 
 PIECE = 16 << 20  # bytes compared at a time
+CHANGED = "the file has changed: convert again"
 
 # suffix on disk -> (canonical role, whether the stored number divides)
 ROLES: Mapping[str, tuple[str, bool]] = {
@@ -379,6 +382,7 @@ def _verify(source: Source, out: Canonical) -> Verified:
             verifier.problems.append(Problem(relative, "", "a byte-for-byte copy", "a difference", "convert again"))
     verifier.problems += _adapter_problems(plan.adapters, adapted, out.directory)
     verifier.problems += _config_problems(plan.config, config)
+    verifier.problems += _written_problems(out.directory) + _index_problems(out) + _header_problems(out)
     if verifier.problems:
         raise ConvertError(verifier.problems)
     total = sum(len(t.data) for t in verifier.target.values())
@@ -434,23 +438,87 @@ def _differences(path: str, expected: Any, found: Any) -> Iterator[tuple[str, An
         yield path, expected, found
 
 
-def verify_digests(out_dir: str | os.PathLike[str]) -> int:
-    """Check every file of a canonical checkpoint against `conversion.json`.  Returns the number of files.
+def _written_problems(directory: Path) -> list[Problem]:
+    """Where a JSON file of OUT means what it should and is spelled in another way: a byte of it was changed."""
+    problems = []
+    for path in sorted((directory / CONFIG_FILE, directory / INDEX_FILE, *directory.glob(f"{DIRECTORY}/**/{ADAPTER_CONFIG}"))):
+        name = path.relative_to(directory).as_posix()
+        if path.is_file() and not is_spelled(path, read_json(path, name)):
+            problems.append(Problem(name, "", "the bytes that qconvert writes", "others that mean the same", CHANGED))
+    return problems + _report_problems(directory)
 
-    Raises `ConvertError` naming the file that differs, or when the conversion recorded no digests.
+
+def _report_problems(directory: Path) -> list[Problem]:
+    report = read_report(directory)
+    if not report or is_sealed(directory / REPORT_FILE, report):
+        return []
+    return [Problem(REPORT_FILE, "sha256", "the digest of the rest of the file", "another", CHANGED)]
+
+
+def _header_problems(out: Canonical) -> list[Problem]:
+    """Where a file's header says the same in other bytes, or has other metadata."""
+    problems = []
+    adapters = (p.relative_to(out.directory).as_posix() for p in out.directory.glob(f"{DIRECTORY}/**/{ADAPTER_WEIGHTS}"))
+    for file in (*out.files, *adapters):
+        with (out.directory / file).open("rb") as stream:
+            raw = stream.read(int.from_bytes(stream.read(8), "little"))
+        header = json.loads(raw)
+        spelled = raw.rstrip(b" ") == json.dumps(header, separators=(",", ":")).encode()
+        if not spelled or header.get("__metadata__") != {"format": "pt"}:
+            problems.append(Problem(file, "", "the header that qconvert writes", "one that means the same", CHANGED))
+    return problems
+
+
+def _index_problems(out: Canonical) -> list[Problem]:
+    """Where the index does not add up; which tensor lies where was compared when OUT was opened."""
+    metadata = read_json(out.directory / INDEX_FILE, INDEX_FILE).get("metadata")
+    total = sum(info.end - info.start for info in out.tensors.values())
+    if metadata == {"total_size": total}:
+        return []
+    return [Problem(INDEX_FILE, "metadata", f"total_size {total}", f"{metadata!r:.80}", CHANGED)]
+
+
+def verify_digests(out_dir: str | os.PathLike[str]) -> int:
+    """Check every byte of a canonical checkpoint against `conversion.json`, which is checked against itself.
+
+    Returns the number of files.  Raises `ConvertError` naming the file, and the tensor, that differs, or when the conversion
+    recorded no digests.
     """
     directory = Path(out_dir)
     out = open_canonical(directory)
-    recorded: dict[str, str | None] = {o["file"]: o["sha256"] for o in read_report(directory).get("outputs", [])}
-    problems = []
-    for name in sorted({*out.files, *recorded}):
-        path = file_inside(directory, name)
-        if not recorded.get(name):
-            problems.append(Problem(name, "", "a recorded digest", "none", "verify against the source instead"))
-        elif path is None:
-            problems.append(Problem(name, "", "a file of the conversion", "none", "convert again"))
-        elif (found := file_digest(path)) != recorded[name]:
-            problems.append(Problem(name, "", f"SHA-256 {recorded[name]}", found, "the file has changed: convert again"))
+    with malformed(REPORT_FILE):
+        recorded: dict[str, dict[str, Any]] = {o["file"]: o for o in read_report(directory)["outputs"]}
+        problems = _report_problems(directory)
+        for name in sorted({*out.files, *recorded}):
+            if not any((recorded.get(name) or {}).get(key) for key in ("sha256", "header_sha256")):
+                problems.append(Problem(name, "", "a recorded digest", "none", "verify against the source instead"))
+            elif file_inside(directory, name) is None:
+                problems.append(Problem(name, "", "a file of the conversion", "none", "convert again"))
+        checks = [] if problems else [check for entry in recorded.values() for check in _recorded_ranges(out, entry)]
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+        found = pool.map(lambda check: range_digests(directory / check[0], [check[2]])[0], checks)
+        for (file, tensor, _, expected), digest in zip(checks, found, strict=True):
+            if digest != expected:
+                problems.append(Problem(file, tensor, f"SHA-256 {expected}", digest, CHANGED))
     if problems:
         raise ConvertError(problems)
     return len(recorded)
+
+
+Check = tuple[str, str, tuple[int, int], str]  # file, tensor, range, digest
+
+
+def _recorded_ranges(out: Canonical, entry: dict[str, Any]) -> list[Check]:
+    """What to check of one file: the whole, or its header and each tensor."""
+    file, size = entry["file"], (out.directory / entry["file"]).stat().st_size
+    if size != entry["size"]:
+        raise ConvertError(Problem(file, "", f"{entry['size']} bytes", f"{size}", CHANGED))
+    if "tensors" not in entry:
+        return [(file, "", (0, size), entry["sha256"])]
+    infos = {info.name: info for info in out.tensors.values() if info.file == file}
+    if infos.keys() != entry["tensors"].keys():
+        different = sorted(infos.keys() ^ entry["tensors"].keys())
+        raise ConvertError(Problem(file, different[0], "the tensors of the conversion", "others", CHANGED))
+    start = min(info.start for info in infos.values())
+    checks = [(file, "", (0, start), entry["header_sha256"])]
+    return checks + [(file, n, (infos[n].start, infos[n].end), digest) for n, digest in entry["tensors"].items()]

@@ -71,7 +71,8 @@ def test_carried_byte_for_byte(source: Path, tmp_path: Path) -> None:
 def test_hashed(source: Path, tmp_path: Path) -> None:
     """The report has size and digest of carried files too, so that OUT can be checked without IN."""
     convert.convert_checkpoint(source, tmp_path / "out")
-    listed = {entry["file"]: (entry["size"], entry["sha256"]) for entry in report_of(tmp_path / "out")["outputs"]}
+    outputs = report_of(tmp_path / "out")["outputs"]
+    listed = {entry["file"]: (entry["size"], entry["sha256"]) for entry in outputs if "sha256" in entry}
     expected = {name: (len(content), hashlib.sha256(content).hexdigest()) for name, content in CARRIED.items()}
     assert {name: listed.get(name) for name in CARRIED} == expected
 
