@@ -451,8 +451,8 @@ def test_ids_that_are_no_unicode_come_back_as_they_were(out: Path, tmp_path: Pat
 
 
 def test_too_little_memory_is_one_line_and_exit_code_3(tmp_path: Path) -> None:
-    write(tmp_path, tiny_qwen3(max_position_embeddings=2**50))
-    refused(run(tmp_path, "--prompt-ids", "1", "--max-new-tokens", 2**49), 3, "memory")
+    write(tmp_path, tiny_qwen3(max_position_embeddings=2**31 - 1))
+    refused(run(tmp_path, "--prompt-ids", "1", "--max-new-tokens", 2**30), 3, "memory")
 
 
 def test_no_progress_bar_outside_a_terminal(out: Path) -> None:
