@@ -29,7 +29,8 @@ class Problem:
 
     def __str__(self) -> str:
         where = "".join(f"{printable(part)}: " for part in (self.file, self.tensor) if part)
-        return f"{where}expected {printable(self.expected)}, found {printable(self.found)}; {printable(self.remedy)}"
+        found = printable(self.found) or "nothing"
+        return f"{where}expected {printable(self.expected)}, found {found}; {printable(self.remedy)}"
 
 
 class ConvertError(Exception):

@@ -45,12 +45,13 @@ from .families.base import (
 from .index import Index, Modules, all_segments, by_module
 from .kv_scales import plan_kv_scales
 from .layout import pack
+from .limits import MAX_LAYERS
 from .linears import Linears
 from .lists import Inventory, idle_entries
 from .ops import Step, Term
 from .plan import Dropped, Plan
 from .recognise import encodings_for
-from .source import MAX_LAYERS, Source, read_source
+from .source import Source, read_source
 
 QUANT_KEYS = ("quantization_config", "compression_config", "quantization")
 

@@ -11,7 +11,7 @@ import math
 import os
 import stat
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import chain
 from operator import attrgetter, itemgetter
@@ -22,15 +22,17 @@ from runtime.format import CONFIG_FILE, DTYPE_BYTES, FORMAT, INDEX_FILE, REPORT_
 
 from .collector import collector_paused
 from .errors import ConvertError, Problem, UsageError, printable
-
-# Limits on input, all in one place.
-MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
-MAX_METADATA_BYTES = 1_000_000
-MAX_NAME_LENGTH = 4096
-MAX_JSON_BYTES = 100_000_000
-MAX_LAYERS = 10_000  # of any part; the largest published model has 128
-MAX_EXPERTS = 10_000  # of one layer; the largest published model has 512
-MAX_SIDE_DEPTH = 4  # folders below the checkpoint that are searched for side files
+from .limits import (
+    MAX_FILE_NAME,
+    MAX_HEADER_BYTES,
+    MAX_JSON_BYTES,
+    MAX_METADATA_BYTES,
+    MAX_NAME_LENGTH,
+    MAX_NESTING,
+    MAX_NUMBER,
+    MAX_SIDE_DEPTH,
+    MAX_TENSORS,
+)
 
 QUANT_FILE = "hf_quant_config.json"
 ADAPTER_CONFIG = "adapter_config.json"
@@ -128,14 +130,43 @@ def _no_nan(constant: str) -> float:
     return float(constant)  # Nemotron-H configs hold a bare Infinity
 
 
-def parse_json(raw: bytes, file: str, *, duplicates_possible: bool = True) -> dict[str, Any]:
-    """Parse a JSON object strictly: UTF-8 without BOM, no duplicate keys, no NaN.  Raises `ConvertError`.
+def _no_constant(constant: str) -> NoReturn:
+    raise ValueError(f"{constant}, which is not JSON")
 
-    `duplicates_possible=False` skips the check for duplicate keys when the caller has made it in another way.
-    """
+
+def _check_nesting(value: Any, file: str) -> None:
+    """Refuse JSON that is nested deeper than any config, before code that calls itself for each level meets it."""
+    level = [value]
+    for _ in range(MAX_NESTING):
+        level = [inner for outer in level for inner in (outer.values() if isinstance(outer, dict) else outer)
+                 if isinstance(inner, (dict, list))]  # fmt: skip
+        if not level:
+            return
+    _refuse(file, "", f"at most {MAX_NESTING} nested brackets", "more", "the file is damaged: fetch it again")
+
+
+def _check_text(value: Any, file: str) -> None:
+    """Refuse escapes that are half a character, which other readers of safetensors refuse."""
     try:
-        hook = _no_duplicates if duplicates_possible else None
-        value = json.loads(raw.decode("utf-8"), object_pairs_hook=hook, parse_constant=_no_nan)
+        json.dumps(value, ensure_ascii=False).encode()
+    except (UnicodeEncodeError, RecursionError) as error:
+        _refuse(file, "", "valid JSON", str(error), "the file is damaged: fetch it again")
+
+
+def parse_json(raw: bytes, file: str) -> dict[str, Any]:
+    """Parse a JSON object strictly: UTF-8 without BOM, no duplicate keys, no NaN, no deep nesting.  Raises `ConvertError`."""
+    value = _parse(raw, file, _no_duplicates, _no_nan)
+    if raw.count(b"[") + raw.count(b"{") > MAX_NESTING:
+        _check_nesting(value, file)
+    return value
+
+
+def _parse(
+    raw: bytes, file: str, pairs: Callable[[list[tuple[str, Any]]], Any] | None, constant: Callable[[str], Any]
+) -> dict[str, Any]:
+    """Parse a JSON object."""
+    try:
+        value = json.loads(raw.decode("utf-8"), object_pairs_hook=pairs, parse_constant=constant)
     except RecursionError:
         _refuse(file, "", "JSON of ordinary depth", "brackets nested too deeply", "the file is damaged: fetch it again")
     except ValueError as error:
@@ -154,8 +185,9 @@ def read_json(path: Path, name: str) -> dict[str, Any]:
 
 def regular_file(directory: Path, name: str) -> Path:
     """The resolved path of a file of the checkpoint; refuses links that leave it, and anything that is not a file."""
-    path = directory / name
-    target = path.resolve()
+    if len(os.fsencode(os.path.basename(name))) > MAX_FILE_NAME or "\0" in name:
+        _refuse(name, "", "the name of a file", "one that no file can have", "correct the name")
+    target = (directory / name).resolve()
     root = directory.resolve()
     # The Hub cache keeps snapshots/<revision>/<file> as links into blobs/ of the same repository.
     blobs = root.parent.parent / "blobs" if root.parent.name == "snapshots" else None
@@ -187,7 +219,7 @@ def _check_names(file: str, names: Collection[str]) -> None:
 
 
 def _is_size(value: Any) -> bool:
-    return type(value) is int and 0 <= value < 1 << 63
+    return type(value) is int and 0 <= value <= MAX_NUMBER
 
 
 def _header_entries(file: str, header: Mapping[str, Any], start: int, end: int) -> list[TensorInfo] | None:
@@ -279,13 +311,19 @@ def read_header(path: Path, file: str) -> list[TensorInfo]:
         if length < 2 or length > min(size - 8, MAX_HEADER_BYTES):
             _refuse(file, "", f"a safetensors header within {size} bytes", f"header length {length}", damaged)
         raw = stream.read(length)
-    # Each tensor has one "data_offsets": when as many tensors are parsed, no key was given twice.  Only a header where the
-    # count differs, or where an escape may hide one, pays for the slow check.
-    header = parse_json(raw, file, duplicates_possible=False)
+    # Quotes tell whether a key was given twice: a tensor has ten, those of its name, its dtype and three keys, and a pair of the
+    # metadata four.  A repeated key, which is lost in parsing, has more.  Only where the count differs, or where an escape may
+    # stand for one, the slow check is made.
+    if not raw.startswith(b"{"):
+        _refuse(file, "", "a header that begins with {", f"{raw[:20]!r}", damaged)
+    header = _parse(raw, file, None, _no_constant)
+    quotes = 2 if "__metadata__" in header else 0
     metadata = header.pop("__metadata__", {})
-    keys = (b'"data_offsets"', b'"dtype"', b'"shape"')
-    if any(raw.count(key) != len(header) for key in keys) or b"\\" in raw:
-        parse_json(raw, file)
+    quotes += 10 * len(header) + (4 * len(metadata) if isinstance(metadata, dict) else 0)
+    if raw.count(b'"') != quotes or b"\\" in raw:
+        value = _parse(raw, file, _no_duplicates, _no_constant)
+        _check_nesting(value, file)
+        _check_text(value, file)
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         _refuse(file, "__metadata__", "text values", "something else", damaged)
     if sum(map(len, metadata.values())) > MAX_METADATA_BYTES:
@@ -311,10 +349,11 @@ def _shard_names(directory: Path) -> tuple[list[str], dict[str, str] | None]:
         _refuse(indexes[0], "weight_map", "an object of tensor name -> file name", "something else", "fetch it again")
     shards = sorted(set(weight_map.values()))
     for file in shards:
-        plain = file == os.path.basename(file) and file not in {"", ".", ".."} and file.isprintable()
-        if not plain or any(c in file for c in "\\:~"):
+        plain = file == os.path.basename(file) and file.endswith(".safetensors") and file.isprintable()
+        if not plain or any(c in file for c in "\\:~") or len(file.encode()) > MAX_FILE_NAME:
             tensor = next(t for t, f in weight_map.items() if f == file)
-            _refuse(indexes[0], tensor, "a file name inside the checkpoint", f"{file!r} (a path outside)", "correct the index")
+            expected = "the name of a *.safetensors file inside the checkpoint"
+            _refuse(indexes[0], tensor, expected, f"{file!r}", "correct the index")
     return shards, weight_map
 
 
@@ -436,6 +475,8 @@ def read_source(in_dir: str | os.PathLike[str]) -> Source:
         files[shard] = SourceFile(shard, path, (info.st_size, info.st_mtime_ns, info.st_ino))
         headers.append(read_header(path, shard))
         tensors.update({tensor.name: tensor for tensor in headers[-1]})
+        if len(tensors) > MAX_TENSORS:
+            _refuse(shard, "", f"at most {MAX_TENSORS} tensors", f"{len(tensors)} up to this file", "this is no checkpoint")
     if len(tensors) < sum(map(len, headers)):
         problems += _twins(headers)
     if weight_map is not None and not problems:

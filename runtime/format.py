@@ -45,6 +45,7 @@ MX_GROUP = 32  # elements along K that share an MX block scale
 
 
 # Limits on what is read; convert/limits.py has those of the converter alone.
+MAX_HEADER_BYTES = 100_000_000  # of one safetensors file; the limit of the safetensors library
 MAX_NUMBER = (1 << 63) - 1  # elements of a tensor
 MAX_SIZE = (1 << 31) - 1  # one size or count of a network; the largest published vocabulary is 262144
 MAX_EXPERTS = 10_000  # of one layer; the largest published model has 512

@@ -24,10 +24,9 @@ import torch
 from torch import Tensor
 
 from runtime.errors import LoadError
-from runtime.format import DTYPE_BYTES, INDEX_FILE
+from runtime.format import DTYPE_BYTES, INDEX_FILE, MAX_HEADER_BYTES
 from runtime.layers import TORCH_DTYPES
 
-MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library
 PIECE = 2**25  # bytes read and copied at once
 BUFFERS = 4  # pieces in flight, each with a thread that reads: one thread alone reads slower than a GPU takes
 
@@ -100,7 +99,7 @@ class Shard:
     def _read_header(self) -> dict[str, StoredTensor]:
         size = os.fstat(self._stream.fileno()).st_size
         length = struct.unpack("<Q", self._stream.read(8))[0] if size >= 8 else 0
-        if not 2 <= length <= min(size - 8, MAX_HEADER):
+        if not 2 <= length <= min(size - 8, MAX_HEADER_BYTES):
             raise self._damaged(f"{size} bytes with a header of {length}")
         try:
             header = json.loads(self._stream.read(length))

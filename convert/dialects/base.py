@@ -10,6 +10,7 @@ import fnmatch
 import re
 import signal
 import threading
+import time
 from bisect import bisect_right, insort
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from typing import Any, NamedTuple, NoReturn
 from runtime.format import DENSE_DTYPES
 
 from ..errors import ConvertError, Problem
+from ..limits import MAX_REGEX_S, MAX_REGEXES_S
 from ..names import NameSpace, canonical_name, repair_sentinel
 
 FLOATS = DENSE_DTYPES
@@ -333,32 +335,37 @@ def has_wildcard(name: str) -> bool:
     return "*" in name or "?" in name or "[" in name
 
 
-MAX_REGEX_S = 1.0  # longest time one regular expression of a config may take for one module
-
-
-@dataclass(slots=True)
 class _RegexTimer:
-    """Interrupts a regular expression that backtracks for ever.
+    """Interrupts regular expressions that backtrack for ever, and counts the CPU time that they take.
 
     The handler is installed once for a whole plan, because Python takes much longer to install it than to start the timer.
     """
 
-    thread: int = 0  # the thread that the handler is installed for; 0 for none
-    running: tuple[str, str] = ("", "")  # where the expression stands, and the expression
+    def __init__(self) -> None:
+        self.thread = 0  # that the handler is installed for; 0 for none
+        self.running = ("", "")  # where the expression stands, and the expression
+        self.left = MAX_REGEXES_S  # of all expressions
+        self.left_of: dict[tuple[str, str], float] = {}
+        self.started = 0.0
 
     def stop(self, *_: object) -> NoReturn:
+        """The time is over."""
         where, pattern = self.running
-        raise ConvertError(
-            Problem(where, "", f"a pattern that matches within {MAX_REGEX_S} s", repr(pattern), "simplify the pattern")
-        )
+        limit = f"within {MAX_REGEX_S} s" if self.left > MAX_REGEX_S else f"among patterns that match within {MAX_REGEXES_S} s"
+        raise ConvertError(Problem(where, "", f"a pattern that matches {limit}", repr(pattern), "simplify the pattern"))
 
     def __enter__(self) -> None:
         if self.thread == threading.get_ident():
-            signal.setitimer(signal.ITIMER_REAL, MAX_REGEX_S)
+            left = min(self.left, self.left_of.get(self.running, MAX_REGEX_S))
+            signal.setitimer(signal.ITIMER_VIRTUAL, max(left, 1e-6))  # 0 would be no timer
+            self.started = time.thread_time()
 
     def __exit__(self, *_: object) -> None:
         if self.thread == threading.get_ident():
-            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+            taken = time.thread_time() - self.started
+            self.left -= taken
+            self.left_of[self.running] = self.left_of.get(self.running, MAX_REGEX_S) - taken
 
     def watch(self, where: str, pattern: str) -> _RegexTimer:
         """To be entered around one match."""
@@ -371,20 +378,21 @@ _REGEX_TIMER = _RegexTimer()
 
 @contextmanager
 def regexes_limited() -> Iterator[None]:
-    """Within it, no regular expression takes longer than `MAX_REGEX_S`.  Works in the main thread, where Python allows timers.
+    """Within it, regular expressions take no longer than `MAX_REGEX_S` and `MAX_REGEXES_S`.
 
-    Also a decorator.
+    Works in the main thread, where Python allows timers.  Also a decorator.
     """
-    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
+    timer = _REGEX_TIMER
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer") or timer.thread:
         yield
         return
-    before = signal.signal(signal.SIGALRM, _REGEX_TIMER.stop)
-    _REGEX_TIMER.thread = threading.get_ident()
+    before = signal.signal(signal.SIGVTALRM, timer.stop)
+    timer.thread, timer.left, timer.left_of = threading.get_ident(), MAX_REGEXES_S, {}
     try:
         yield
     finally:
-        _REGEX_TIMER.thread = 0
-        signal.signal(signal.SIGALRM, before)
+        timer.thread = 0
+        signal.signal(signal.SIGVTALRM, before)
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,8 +15,8 @@ from typing import Any
 from runtime.format import DENSE_DTYPES
 
 from ..errors import ConvertError, Problem
+from ..limits import MAX_EXPERTS, MAX_LAYERS
 from ..names import Aliases, NameSpace, replace_runs
-from ..source import MAX_EXPERTS, MAX_LAYERS
 
 REQUIRED = object()  # a `Field` without a default
 Size = str | None  # key into the family's dimensions; None: any size (towers, which are carried as they are)
