@@ -311,9 +311,9 @@ def read_header(path: Path, file: str) -> list[TensorInfo]:
         if length < 2 or length > min(size - 8, MAX_HEADER_BYTES):
             _refuse(file, "", f"a safetensors header within {size} bytes", f"header length {length}", damaged)
         raw = stream.read(length)
-    # Quotes tell whether a key was given twice: a tensor has ten, those of its name, its dtype and three keys, and a pair of the
-    # metadata four.  A repeated key, which is lost in parsing, has more.  Only where the count differs, or where an escape may
-    # stand for one, the slow check is made.
+    # Quotes tell whether a key was given twice: a tensor has ten, those of its name, its dtype and three keys, and a pair of
+    # the metadata four.  A repeated key, which is lost in parsing, has more.  Only where the count differs, or where an escape
+    # may stand for one, the slow check is made.
     if not raw.startswith(b"{"):
         _refuse(file, "", "a header that begins with {", f"{raw[:20]!r}", damaged)
     header = _parse(raw, file, None, _no_constant)
