@@ -7,7 +7,7 @@ row, decoded nibbles) is computed on use, a bounded number of rows at a time, an
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from runtime.activations import e8m0_table, fake_quantize
 from runtime.format import E2M1_VALUES, FP8_BLOCK, MX_GROUP, NVFP4_GROUP, ModuleSpec, module_tensors
+from runtime.kernels.table import FEW, FEW_TOKENS, prepare
 
 TORCH_DTYPES = {
     "BF16": torch.bfloat16,
@@ -88,7 +89,8 @@ class QuantizedLinear(Linear):
     """What the schemes share.  A subclass says how stored tensors become float32 values, in the order of `format.py`.
 
     With `quantize_activations` the input is quantised as the spec says and the matmul runs in float32, where products
-    of codes are exact; otherwise the dequantised weight is rounded to the dtype of `x`.
+    of codes are exact; otherwise the dequantised weight is rounded to the dtype of `x`.  Few tokens in bfloat16 go to a
+    kernel where `kernels.table` has one for the device.
     """
 
     scheme: ClassVar[str]
@@ -111,6 +113,20 @@ class QuantizedLinear(Linear):
     def dequantize(self, rows: Rows = ALL) -> Tensor:
         """The exact values of the weight, or of some of its rows, in float32: `[..., K]`.  Source: `format.py`."""
         raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[..., K]` to `[..., N]` in the dtype of `x`."""
+        few = x.dtype == torch.bfloat16 and 0 < x.numel() <= FEW_TOKENS * x.shape[-1]
+        if not few or self._few_tokens is None:
+            return super().forward(x)
+        if self.spec.pre_quant_scale:
+            x = (x * self.pre_quant_scale).to(x.dtype)
+        return self._few_tokens(x.reshape(-1, self.shape[1])).reshape(*x.shape[:-1], self.shape[0])
+
+    @functools.cached_property
+    def _few_tokens(self) -> Callable[[Tensor], Tensor] | None:
+        """The kernel for `[M, K]` of few rows on the device of the weight, None where there is none."""
+        return prepare(FEW, self.spec, self.activations, dict(self.named_parameters()))
 
     def as_torchao(self, dtype: torch.dtype = torch.bfloat16) -> Any:
         """The weight as a torchao tensor that shares the stored bytes and gives results in `dtype`.

@@ -18,6 +18,8 @@ import pytest
 
 # Models in tests are tiny.  Threads that wait for each other by spinning make them ten times slower on a busy machine.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Triton kernels run in its interpreter, which has to be chosen before triton is imported.
+os.environ.setdefault("TRITON_INTERPRET", "1")
 
 ROOT = Path(__file__).resolve().parents[1]
 for entry in (str(ROOT), str(ROOT / "tests")):

@@ -1,5 +1,6 @@
 """Kernels by operation: one file each, with the maths, a torch reference and, where there is one, a GPU version.
 
-`gated_delta` holds the recurrence of linear attention, `ssd` that of Mamba2.  Everything here runs on any device that torch
-supports.
+`table` says which implementation runs what on which machine; `python -m runtime.kernels` prints it.  `fp8_linear` is for few
+tokens, `fp8_quantize` makes its inputs, `tiles` cuts the work.  `gated_delta` holds the recurrence of linear attention, `ssd`
+that of Mamba2; both run on any device that torch supports.  Only files with a Triton kernel import triton.
 """

@@ -1,0 +1,41 @@
+"""`python -m runtime.kernels`: what this machine uses for each scheme and operation, and why."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from runtime.format import ACTIVATIONS, SCHEMES
+from runtime.kernels.table import OPERATIONS, Machine, choose, machine
+
+
+def lines(at: Machine, name: str) -> Iterator[str]:
+    """The report for a machine called `name`: one line per scheme, way of the input and operation that differ."""
+    generation = "" if at.generation is None else f" (sm_{at.generation})"
+    yield f"{name}{generation}, triton {'found' if at.triton else 'not found'}"
+    for operation in OPERATIONS:
+        yield f"{operation}:"
+        for scheme in SCHEMES:
+            inputs: dict[tuple[str, tuple[str, ...]], list[str]] = {}
+            for activations in (None, *(kind for kind in ACTIVATIONS if _goes_with(kind, scheme))):
+                row, passed = choose(scheme, activations, operation, at)
+                inputs.setdefault((row.module, (row.why, *passed)), []).append(activations or "full")
+            for (module, why), kinds in inputs.items():
+                yield f"  {scheme:12s} input {', '.join(kinds)}: {module} ({'; '.join(why)})"
+
+
+def _goes_with(activations: str, scheme: str) -> bool:
+    """Whether producers quantise inputs so beside weights of `scheme`: FP8 beside FP8, otherwise the same format."""
+    return activations == scheme or (scheme.startswith("fp8") and activations.startswith("fp8"))
+
+
+def main() -> None:
+    """Print the report for each GPU, or for the CPU where there is none."""
+    devices = [torch.device("cuda", i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    for device in devices or [torch.device("cpu")]:
+        print(*lines(machine(device), torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"), sep="\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,110 @@
+"""Which implementation runs an operation: by scheme, way of the input, and GPU generation.
+
+One table, first row that fits; torch, which `runtime.layers` itself is, comes last and fits everything.  A row names its module
+and is imported only when it is chosen: this file needs neither triton nor a GPU.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from importlib import import_module
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from runtime.format import SCHEMES, ModuleSpec
+
+FEW_TOKENS = 64  # rows of input that "linear, few tokens" takes
+LINEAR, FEW = "linear", f"linear, up to {FEW_TOKENS} tokens"
+OPERATIONS = (FEW, LINEAR)
+TORCH = "torch"
+FP8_INPUTS = (None, "fp8_static", "fp8_tensor", "fp8_token", "fp8_group", "fp8_group_e8m0")
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """An implementation and what it is for.
+
+    `module`: has `prepare(spec, tensors)`, which returns the function to call; `TORCH` for the layers' own arithmetic.
+    `generations`: least compute capability, and the first that is too new, each as major * 10 + minor.  `activations`:
+    the ways of the input that it knows.  `why`: for people.
+    """
+
+    schemes: tuple[str, ...]
+    operations: tuple[str, ...]
+    activations: tuple[str | None, ...] | None
+    generations: tuple[int, int] | None
+    module: str
+    why: str
+
+
+ROWS = (
+    Row(
+        ("fp8_tensor", "fp8_channel", "fp8_block"), (FEW,), FP8_INPUTS, (90, 110), "runtime.kernels.fp8_linear",
+        "reads each code once and decodes it in registers",
+    ),
+    Row(tuple(SCHEMES), OPERATIONS, None, None, TORCH, "weights are converted on every call; runs anywhere"),
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """What decides: the compute capability of the GPU (None: no GPU), and whether triton can be imported."""
+
+    generation: int | None
+    triton: bool
+
+
+@functools.cache
+def machine(device: torch.device) -> Machine:
+    """What `device` is."""
+    generation = None
+    if device.type == "cuda" and torch.version.cuda:
+        major, minor = torch.cuda.get_device_capability(device)
+        generation = major * 10 + minor
+    return Machine(generation, find_spec("triton") is not None)
+
+
+def choose(scheme: str, activations: str | None, operation: str, at: Machine) -> tuple[Row, tuple[str, ...]]:
+    """The row for an operation on a machine, and why each row before it that is meant for it was passed over."""
+    passed: list[str] = []
+    for row in ROWS:
+        if scheme not in row.schemes or operation not in row.operations:
+            continue
+        problem = _problem(row, activations, at)
+        if problem is None:
+            return row, tuple(passed)
+        passed.append(f"{row.module}: {problem}")
+    raise AssertionError(f"no row for {scheme}, {operation}")
+
+
+def _problem(row: Row, activations: str | None, at: Machine) -> str | None:
+    """Why a row cannot be used, or None."""
+    if row.activations is not None and activations not in row.activations:
+        return f"does not know input {activations}"
+    if row.generations is not None:
+        low, high = row.generations
+        if at.generation is None:
+            return "needs an NVIDIA GPU"
+        if not low <= at.generation < high:
+            return f"written for sm_{low} to sm_{high - 1}, this is sm_{at.generation}"
+        if not at.triton:
+            return "needs triton, which is not installed"
+    return None
+
+
+def prepare(
+    operation: str, spec: ModuleSpec, activations: str | None, tensors: Mapping[str, Tensor]
+) -> Callable[[Tensor], Tensor] | None:
+    """The function that runs `operation` for a layer where its tensors are; None where the layer's own arithmetic does.
+
+    `activations`: those that are used, which may be None where `spec` names some.  `tensors`: by role, as stored, and `bias`.
+    """
+    row, _ = choose(spec.scheme, activations, operation, machine(tensors["weight"].device))
+    if row.module == TORCH:
+        return None
+    function: Callable[[Tensor], Tensor] = import_module(row.module).prepare(replace(spec, activations=activations), tensors)
+    return function

@@ -1,0 +1,102 @@
+"""How the kernels for few tokens cut their work: tiles of rows, and splits of K that the last program adds up.
+
+    y [M, N] = x [M, K] @ W [N, K]^T,  M <= 64
+
+Weights are the left operand of the tensor cores and tokens the narrow right one, so 1 token costs what 8 do.  A program owns
+`rows` rows of W and one of `split` ranges of K.  With a split, programs leave float32 partial sums in a workspace; the
+last one to arrive at a tile adds them in the order of K, so results do not depend on who was last, and sets the counter of
+that tile back to 0: launches that follow on the same stream, or a replayed graph, find it ready.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+MAX_TOKENS = 64
+INPUTS = 128  # elements of K per step: the block of FP8 block scales and of grouped input scales
+COUNTERS = 4096  # tiles that a split launch may have
+H200_SMS = 132
+# The interpreter computes wrongly in bfloat16 and cannot run inline assembly: kernels then work in float32.
+INTERPRETED: bool = triton.knobs.runtime.interpret
+
+
+@dataclass(frozen=True, slots=True)
+class Tiles:
+    """One way to cut a launch.
+
+    `rows`: rows of W per program; `tokens`: width of the right operand, M rounded up; `split`: ranges of K; `steps`: steps
+    of `INPUTS` elements per range.  `warps` and `stages`: threads / 32, and steps that are loaded ahead.  `registers`: a limit
+    per thread where the assembler by itself would take too few and spill.
+    """
+
+    rows: int
+    tokens: int
+    split: int
+    steps: int
+    warps: int
+    stages: int
+    registers: int | None = None
+
+
+def choose_tiles(M: int, N: int, K: int, sms: int = H200_SMS) -> Tiles:
+    """The default for a shape on a device with `sms` multiprocessors: enough programs to fill it, by splitting K.
+
+    Two warps per program keep the matmul on `mma.sync`, whose left operand is decoded in registers; 64 tokens take the
+    wider instruction of four warps, as two would decode each weight twice.
+    """
+    tokens = next(t for t in (8, 16, 32, 64) if t >= M)
+    warps, per_sm = (4, 2) if tokens == 64 else (2, 4)
+    rows = 64
+    steps = -(-K // INPUTS)
+    tiles = -(-N // rows)
+    split = min(-(-per_sm * sms // tiles), max(1, steps // 4)) if tiles <= COUNTERS else 1
+    per_split = -(-steps // split)
+    return Tiles(rows, tokens, -(-steps // per_split), per_split, warps, 4, 224 if tokens == 64 else None)
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """Of a CUDA device; for any other, those of an H200."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else H200_SMS
+
+
+@functools.cache
+def counters(device: torch.device) -> Tensor:
+    """Int32 `[COUNTERS]` zeros, one allocation per device.  Launches on two streams at once must not share them."""
+    return torch.zeros(COUNTERS, dtype=torch.int32, device=device)
+
+
+def workspace(tiles: Tiles, N: int, device: torch.device) -> Tensor:
+    """Float32 room for the partial sums of a launch; one element where nothing is split."""
+    size = -(-N // tiles.rows) * tiles.split * tiles.rows * tiles.tokens if tiles.split > 1 else 1
+    return torch.empty(size, dtype=torch.float32, device=device)
+
+
+@triton.jit
+def leave_partial(
+    sums: tl.tensor, work: tl.tensor, count: tl.tensor, SPLIT: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr
+) -> tl.tensor:
+    """Store the partial sums `[ROWS, TOKENS]` of this program; true for the last program of the tile."""
+    tile, part = tl.program_id(0), tl.program_id(1)
+    at = tl.arange(0, ROWS)[:, None] * TOKENS + tl.arange(0, TOKENS)[None, :]
+    tl.store(work + (tile * SPLIT + part) * (ROWS * TOKENS) + at, sums)
+    tl.debug_barrier()  # all threads have stored before one of them releases
+    return tl.atomic_add(count + tile, 1, sem="acq_rel", scope="gpu") == SPLIT - 1
+
+
+@triton.jit
+def add_partials(work: tl.tensor, count: tl.tensor, SPLIT: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr) -> tl.tensor:
+    """The sums `[ROWS, TOKENS]` of a tile over all ranges of K, in their order; its counter becomes 0."""
+    tile = tl.program_id(0)
+    at = tl.arange(0, ROWS)[:, None] * TOKENS + tl.arange(0, TOKENS)[None, :]
+    sums = tl.zeros((ROWS, TOKENS), tl.float32)
+    for part in range(SPLIT):
+        sums += tl.load(work + (tile * SPLIT + part) * (ROWS * TOKENS) + at, cache_modifier=".cg")  # past a stale L1
+    tl.store(count + tile, 0)
+    return sums

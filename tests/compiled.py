@@ -1,0 +1,182 @@
+"""Compile kernels for GPUs that are not there, and read registers, spills, shared memory and instructions from the result.
+
+    python tests/compiled.py
+
+compiles `BUILDS` for each of `GENERATIONS` and prints one JSON list.  It is a process of its own because the interpreter, which
+the other tests need, replaces the compiler when kernels are imported.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+GENERATIONS = (90, 100)
+POINTERS = {"f8": "*fp8e4nv", "bf16": "*bf16", "f32": "*fp32", "u8": "*u8", "i32": "*i32"}
+
+
+@dataclass(frozen=True)
+class Build:
+    """One specialisation of a kernel: types of pointers, values of constants; integers that are left are multiples of 16.
+
+    `weights`: weights that one step of its loop takes, all threads together; 0 when there is no such loop.
+    """
+
+    name: str
+    kernel: str  # module:function
+    pointers: dict[str, str]
+    constants: dict[str, Any]
+    warps: int = 4
+    stages: int = 3
+    limit: int | None = None  # registers per thread that the assembler is told
+    weights: int = 0
+    budget: float = 0.0  # instructions per weight
+    registers: int = 255
+    shared: int = 232448  # bytes that a program may have on both generations
+
+
+@dataclass
+class Compiled:
+    """What came out.  `per_weight`: instructions of one step of the loop over K, times threads, over weights."""
+
+    name: str
+    generation: int
+    registers: int
+    stack: int
+    local: int  # loads and stores of spilled registers
+    shared: int
+    per_weight: float
+    mix: dict[str, int]
+
+
+def tools() -> Path:
+    """The folder of `nvdisasm` and `cuobjdump`, which come with Triton."""
+    import triton
+
+    return Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+
+def compile_build(build: Build, generation: int) -> Compiled:
+    """Compile for compute capability `generation` / 10 and take the machine code apart."""
+    import importlib
+
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    module, _, function = build.kernel.partition(":")
+    kernel = getattr(importlib.import_module(module), function)
+    signature, attributes = {}, {}
+    for index, name in enumerate(kernel.arg_names):
+        if name in build.constants:
+            signature[name] = "constexpr"
+            continue
+        signature[name] = POINTERS[build.pointers[name]] if name in build.pointers else "i32"
+        if name in build.pointers or name in ("N", "out_N"):
+            attributes[(index,)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, build.constants, attributes)
+    options = {"num_warps": build.warps, "num_stages": build.stages, "maxnreg": build.limit}
+    done = triton.compile(source, target=GPUTarget("cuda", generation, 32), options=options)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(done.asm["cubin"])
+        usage = run(tools() / "cuobjdump", "-res-usage", path)
+        code = run(tools() / "nvdisasm", "-c", path)
+    instructions, loops = take_apart(code)
+    step = loop_over_k(loops)
+    return Compiled(
+        build.name,
+        generation,
+        max(int(n) for n in re.findall(r"REG:(\d+)", usage)),
+        max(int(n) for n in re.findall(r"STACK:(\d+)", usage)),
+        sum(op.startswith(("STL", "LDL")) for op in instructions),
+        done.metadata.shared,
+        round(len(step) * build.warps * 32 / build.weights, 3) if build.weights else 0.0,
+        dict(Counter(step).most_common()),
+    )
+
+
+def run(*command: object) -> str:
+    return subprocess.run([str(c) for c in command], capture_output=True, text=True, check=True).stdout
+
+
+def take_apart(code: str) -> tuple[list[str], list[list[str]]]:
+    """Opcodes of a listing, and those of each loop: from the target of a backward branch to the branch."""
+    opcodes: list[str] = []
+    targets: dict[str, int] = {}
+    branches: list[tuple[int, str]] = []
+    for line in code.splitlines():
+        if label := re.match(r"\s*(\.L_[\w$]+):", line):
+            targets[label[1]] = len(opcodes)
+        elif found := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);", line):
+            if found[1].startswith("BRA") and (at := re.search(r"\.L_[\w$]+", found[2])):
+                branches.append((len(opcodes), at[0]))
+            opcodes.append(found[1])
+    loops = [opcodes[targets[name] : at + 1] for at, name in branches if targets.get(name, at + 1) <= at]
+    return opcodes, loops
+
+
+def loop_over_k(loops: list[list[str]]) -> list[str]:
+    """The loop that multiplies matrices; an outer one has it inside, so the shortest."""
+    matrix = [loop for loop in loops if any("MMA" in op for op in loop)]
+    return min(matrix, key=len) if matrix else []
+
+
+FP8 = {"weight": "f8", "scale": "f32", "out": "bf16", "work": "f32", "count": "i32"}
+
+
+def fp8(name: str, tokens: int, block: bool = False, x_scale: int = 0, split: int = 2, **more: Any) -> Build:
+    """One form of `fp8_linear_kernel`, K = 5120, cut as `choose_tiles` does."""
+    warps = 4 if tokens == 64 else 2
+    pointers = FP8 | {"x": "f8" if x_scale else "bf16"}
+    pointers |= ({"block_row": "i32"} if block else {}) | ({"x_scale": "f32"} if x_scale else {})
+    constants = {
+        "K": 5120, "ROWS": 64, "TOKENS": tokens, "SPLIT": split, "STEPS": 40 // split, "BLOCK": block,
+        "X_SCALE": x_scale, "BIAS": False, "INTERPRETED": False, "bias": None,
+    }  # fmt: skip
+    constants |= {} if block else {"block_row": None}
+    constants |= {} if x_scale else {"x_scale": None}
+    name = f"fp8 {name}, {tokens} tokens"
+    kernel = "runtime.kernels.fp8_linear:fp8_linear_kernel"
+    return Build(
+        name, kernel, pointers, constants, warps, 4, 224 if tokens == 64 else None, 64 * 128, **({"budget": 7.8} | more)
+    )
+
+
+QUANTIZE = {"x": "bf16", "codes": "f8", "scales": "f32"}
+BUILDS = [
+    fp8("W8A16 rows", 8, split=1),
+    fp8("W8A16 rows", 16),
+    fp8("W8A16 rows", 32),
+    fp8("W8A16 rows", 64),
+    fp8("W8A16 blocks", 8, block=True),
+    fp8("W8A16 blocks", 64, block=True),
+    fp8("W8A8 one scale", 8, x_scale=1),
+    fp8("W8A8 tokens", 64, x_scale=2),
+    fp8("W8A8 groups", 8, block=True, x_scale=3),
+    fp8("W8A8 groups", 64, block=True, x_scale=3),
+    Build("fp8 quantise groups", "runtime.kernels.fp8_quantize:quantize_groups_kernel", QUANTIZE,
+          {"K": 5120, "GROUPS": 8, "STATIC": False, "E8M0": True}),
+    Build("fp8 quantise tokens", "runtime.kernels.fp8_quantize:quantize_tokens_kernel", QUANTIZE,
+          {"K": 5120, "STEP": 4096}, warps=8),
+]  # fmt: skip
+
+
+def main() -> None:
+    """Compile everything and print it."""
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+    json.dump([asdict(compile_build(b, g)) for b in BUILDS for g in GENERATIONS], sys.stdout)
+
+
+if __name__ == "__main__":
+    os.environ["TRITON_INTERPRET"] = "0"
+    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # as Triton does so far; unset, 3.9 warns
+    main()

@@ -1,0 +1,231 @@
+"""GPU kernels without a GPU: numbers from Triton's interpreter, machine code from its compiler, and who chooses which.
+
+Interpreted kernels compute in float32 and store float32, because the interpreter's bfloat16 is wrong; expected values are
+float64.  Outputs start as NaN, so an element that is not written shows.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from compiled import BUILDS, GENERATIONS, Build, Compiled, take_apart
+from test_runtime_layers import awkward_input, held, random_layer, spec_of
+from torch import Tensor
+
+import runtime.kernels.__main__ as report
+from runtime.activations import fake_quantize
+from runtime.format import ACTIVATIONS, SCHEMES
+from runtime.kernels import table
+from runtime.kernels.table import FEW, TORCH, Machine, choose
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+from runtime.kernels import fp8_linear, fp8_quantize, tiles
+from runtime.kernels.cases import Case, make_inputs, make_tensors
+
+CPU = torch.device("cpu")
+FP8_TINY = [case for case in fp8_linear.CASES if case.tiny]
+
+
+def label(value: object) -> str | None:
+    return str(value) if isinstance(value, Case) else None
+
+
+def check(kernel: ModuleType, case: Case, M: int, cut: tiles.Tiles | None = None) -> None:
+    """Fresh inputs and a poisoned output through the interpreter, against float64."""
+    spec, tensors, x = case.spec(), make_tensors(case, CPU, M), make_inputs(case, M, CPU, M)
+    expected = kernel.reference(x, spec, tensors)
+    found = torch.full(expected.shape, torch.nan)
+    kernel.prepare(spec, tensors)(x, out=found, tiles=cut)
+    assert (found - expected).abs().max() < 1e-6 * expected.abs().max()
+    assert not tiles.counters(CPU).any()  # ready for the next launch
+
+
+@pytest.mark.parametrize("M", [1, 3])
+@pytest.mark.parametrize("case", FP8_TINY, ids=label)
+def test_fp8_linear(case: Case, M: int) -> None:
+    check(fp8_linear, case, M)
+
+
+@pytest.mark.parametrize("M", [9, 17, 64])
+@pytest.mark.parametrize("case", [FP8_TINY[1], FP8_TINY[4], FP8_TINY[9]], ids=label)
+def test_fp8_linear_many_tokens(case: Case, M: int) -> None:
+    check(fp8_linear, case, M)
+
+
+@pytest.mark.parametrize("split", [2, 3, 5])
+@pytest.mark.parametrize("case", [FP8_TINY[6], FP8_TINY[8], FP8_TINY[9]], ids=label)
+def test_split_of_k(case: Case, split: int) -> None:
+    """Also with ranges that reach beyond K, and one that lies beyond it."""
+    steps = -(-case.K // (tiles.INPUTS * split))
+    check(fp8_linear, case, 2, tiles.Tiles(32, 8, split, steps, 2, 2))
+
+
+@pytest.mark.parametrize("kind", fp8_quantize.KINDS)
+@pytest.mark.parametrize("K", [384, 200])
+def test_fp8_quantize_is_exact(kind: str, K: int) -> None:
+    x = awkward_input()[:, :K].bfloat16()
+    scale = torch.tensor([0.01])
+    codes, scales = fp8_quantize.quantize(x.contiguous(), kind, scale)
+    if kind == "fp8_token":
+        scales = scales.unsqueeze(1)
+    elif kind.startswith("fp8_group"):
+        scales = scales.repeat_interleave(128, 1)[:, :K]
+    assert torch.equal(codes.float() * scales, fake_quantize(x.float(), kind, scale))
+
+
+def test_fp8_rounding_is_that_of_torch() -> None:
+    """All of E4M3's range, subnormals, ties and what saturates."""
+    ties = torch.arange(0, 127, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    x = torch.cat([torch.linspace(-448, 448, 20001), torch.linspace(-0.04, 0.04, 20001), (ties[1:] + ties[:-1]) / 2])
+    codes, _ = fp8_quantize.quantize(torch.cat([x, torch.tensor([449.0, -1e30])]).unsqueeze(0), "fp8_static", torch.ones(1))
+    expected = torch.cat([x, torch.tensor([448.0, -448.0])]).to(torch.float8_e4m3fn)
+    assert torch.equal(codes.float()[0], expected.float())
+
+
+def test_sums_do_not_depend_on_the_last_program() -> None:
+    """What a split stores is added in the order of K: float32 gives the same bits for every launch."""
+    case = FP8_TINY[8]
+    x = make_inputs(case, 3, CPU, 0)
+    run = fp8_linear.prepare(case.spec(), make_tensors(case, CPU, 0))
+    cut = tiles.Tiles(64, 8, 5, 1, 2, 2)
+    assert torch.equal(run(x, out=torch.empty(3, 100), tiles=cut), run(x, out=torch.empty(3, 100), tiles=cut))
+
+
+@pytest.mark.parametrize("M", [1, 8, 9, 16, 33, 64])
+@pytest.mark.parametrize(("N", "K"), [(5120, 17408), (16384, 5120), (248320, 5120), (3, 16), (64, 2**20)])
+def test_tiles_cover_the_work(M: int, N: int, K: int) -> None:
+    cut = tiles.choose_tiles(M, N, K)
+    assert cut.tokens >= M
+    assert cut.split * cut.steps * tiles.INPUTS >= K > (cut.split - 1) * cut.steps * tiles.INPUTS
+    assert cut.split == 1 or -(-N // cut.rows) <= tiles.COUNTERS
+
+
+# The table
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("activations", [None, *ACTIVATIONS])
+def test_torch_runs_everything(scheme: str, activations: str | None) -> None:
+    for operation in table.OPERATIONS:
+        for at in (Machine(None, True), Machine(90, False), Machine(75, True)):
+            row, passed = choose(scheme, activations, operation, at)
+            assert row.module == TORCH
+            assert all(": " in reason for reason in passed)
+
+
+def test_rows_name_their_module() -> None:
+    """What the table says that a module knows, it knows."""
+    for row in table.ROWS[:-1]:
+        module = __import__(row.module, fromlist=["x"])
+        assert row.schemes == module.SCHEMES
+        assert row.activations == module.ACTIVATIONS
+        assert callable(module.prepare)
+
+
+def test_report_names_what_runs() -> None:
+    hopper = "\n".join(report.lines(Machine(90, True), "GPU"))
+    assert "fp8_block    input full, fp8_static, fp8_tensor, fp8_token, fp8_group, fp8_group_e8m0: runtime.kernels" in hopper
+    assert "needs triton" in "\n".join(report.lines(Machine(90, False), "GPU"))
+    assert "needs an NVIDIA GPU" in "\n".join(report.lines(Machine(None, True), "CPU"))
+
+
+def test_importing_the_runtime_needs_no_triton() -> None:
+    code = (
+        "import sys; sys.modules['triton'] = None\n"
+        "import runtime.loader, runtime.decode, runtime.kernels.table, runtime.kernels.__main__ as m\n"
+        "m.main()"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr
+
+
+LAYERS = [
+    ("fp8_tensor", (24, 8, 32), 96, "fp8_static", True),
+    ("fp8_channel", (70,), 160, None),
+    ("fp8_block", (200, 128, 5), 160, "fp8_group"),
+]
+
+
+@pytest.mark.parametrize("spec", LAYERS, ids=lambda spec: spec[0])
+def test_layers_use_the_table(spec: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A layer that believes its CPU to be a GPU: few tokens in bfloat16 take the kernel, everything else does not."""
+    monkeypatch.setattr(table, "machine", lambda device: Machine(90, True))
+    layer = random_layer(spec_of(*spec), bias=True)
+    layer.bias = held(torch.linspace(-9, 9, layer.shape[0]).bfloat16())
+    calls = []
+    module = import_module(choose(spec[0], spec[3], FEW, Machine(90, True))[0].module)
+    prepare = module.prepare
+
+    def counted(*args: Any) -> Callable[[Tensor], Tensor]:
+        run = prepare(*args)
+        return lambda x: (calls.append(x), run(x))[1]
+
+    monkeypatch.setattr(module, "prepare", counted)
+    x = torch.randn(2, 3, layer.shape[1], generator=torch.Generator().manual_seed(0)).bfloat16()
+    found = layer(x)
+    assert len(calls) == 1
+    assert found.dtype == torch.bfloat16
+    expected = layer(x.float())  # float32 is torch's
+    assert (found.float() - expected).abs().max() < 0.02 * expected.abs().max()  # the interpreter truncates to bfloat16
+    assert torch.equal(layer(x[1, 2]), found[1, 2])
+    assert len(calls) == 2
+    assert layer(x.reshape(1, 6, -1).expand(11, 6, -1)).shape == (11, 6, layer.shape[0])  # 66 tokens
+    assert layer(x[:0]).shape == (0, 3, layer.shape[0])
+    assert len(calls) == 2
+
+
+# Machine code
+
+
+@pytest.fixture(scope="session")
+def builds() -> dict[tuple[str, int], Compiled]:
+    """Everything that `compiled.py` compiles, in a process without the interpreter."""
+    env = {**os.environ, "TRITON_INTERPRET": "0"}
+    script = Path(__file__).with_name("compiled.py")
+    run = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, env=env, check=False)
+    assert run.returncode == 0, run.stderr
+    return {(c["name"], c["generation"]): Compiled(**c) for c in json.loads(run.stdout)}
+
+
+@pytest.mark.parametrize("generation", GENERATIONS)
+@pytest.mark.parametrize("build", BUILDS, ids=lambda build: build.name)
+def test_machine_code_keeps_its_budget(build: Build, generation: int, builds: dict[tuple[str, int], Compiled]) -> None:
+    code = builds[build.name, generation]
+    assert code.stack == 0, "registers are spilled"
+    assert code.local == 0, "registers are spilled"
+    assert code.registers <= build.registers
+    assert code.shared <= build.shared
+    if build.weights:
+        assert 0.5 < code.per_weight <= build.budget, code.mix
+        assert not any(op.startswith("F2F.") for op in code.mix), "converts at an eighth of the rate"
+
+
+def test_loops_are_found() -> None:
+    """The reader of machine code, on a listing."""
+    code = """
+        /*0000*/                   MOV R1, c[0x0][0x28] ;
+.L_x_1:
+        /*0010*/                   LDG.E R2, [R4] ;
+.L_x_2:
+        /*0020*/              @!P0 HMMA.16816.F32 R4, R8, R2, R4 ;
+        /*0030*/               @P1 BRA `(.L_x_2) ;
+        /*0040*/               @P2 BRA `(.L_x_1) ;
+.L_x_3:
+        /*0050*/                   BRA `(.L_x_3);
+"""
+    opcodes, loops = take_apart(code)
+    assert opcodes == ["MOV", "LDG.E", "HMMA.16816.F32", "BRA", "BRA", "BRA"]
+    assert loops == [["HMMA.16816.F32", "BRA"], ["LDG.E", "HMMA.16816.F32", "BRA", "BRA"], ["BRA"]]
