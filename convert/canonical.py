@@ -91,9 +91,18 @@ def _problems(config: CanonicalConfig, tensors: dict[str, TensorInfo], placed: l
             if fault:
                 expected_shape = list(place.shape) if place.shape is not None else "any shape"
                 yield Problem("", place.name, f"a tensor of {expected_shape}", fault, AGAIN)
-        elif place.name not in config.unfused and place.name not in config.modules:
+            continue
+        rows = [n for _, partitions in place.shards for _, n in partitions]
+        if place.name in config.modules:
+            spec = config.modules[place.name]
+            if None not in rows and place.columns is not None:
+                wanted, found_ = ((place.experts, sum(n or 0 for n in rows), place.columns), (spec.experts, *spec.shape))
+                if wanted != found_:
+                    calls_for, stored = ([n for n in sizes if n is not None] for sizes in (wanted, found_))
+                    where = f"quantization.modules.{place.name}"
+                    yield Problem(CONFIG_FILE, where, f"{calls_for}, as its architecture says", f"{stored}", AGAIN)
+        elif place.name not in config.unfused:
             info = tensors.get(f"{place.name}.weight")
-            rows = [n for _, partitions in place.shards for _, n in partitions]
             lead = () if place.experts is None else (place.experts,)
             if info is None:
                 yield Problem("", f"{place.name}.weight", "a weight", "no such tensor", AGAIN)

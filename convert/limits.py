@@ -17,5 +17,6 @@ MAX_NESTING = 64  # brackets inside brackets in a config or index
 MAX_FILE_NAME = 255  # bytes of a file's name; what file systems take
 MAX_LAYERS = 10_000  # of any part; the largest published model has 128
 MAX_SIDE_DEPTH = 4  # folders below the checkpoint that are searched for side files
+MAX_PATTERN = 100_000  # characters of a regular expression of a config
 MAX_REGEX_S = 1.0  # CPU time of one regular expression of a config, over all modules
 MAX_REGEXES_S = 5.0  # CPU time of all of them

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 import shutil
 import socket
 import struct
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -56,6 +58,7 @@ from test_errors import (
 )  # fmt: skip
 
 import convert.dialects.base
+from convert import limits
 
 Cli = Callable[..., Ran]
 Check = Callable[[Path, dict[str, Any], Built], object]
@@ -350,6 +353,14 @@ REFUSED = [
             ("pattern",), "config.json"),
     Refused(51, "regexes-that-are-slow-together", CT_FP8, quantisation(lambda q: q["ignore"].extend(
         f"re:{'.*' * 5}x{number}$" for number in range(3000))), ("pattern",), "config.json"),
+    *(
+        Refused(51, f"regex-{name}", CT_FP8, quantisation(lambda q, regex=regex: q["ignore"].append(f"re:{regex}")),
+                words, "config.json")
+        for name, regex, words in (
+            ("that-is-none", "(", ("regular expression",)), ("with-too-many-groups", "(" * 9000 + ")" * 9000, ("regular",)),
+            ("with-a-huge-count", "a{99999999999999999999}", ("regular",)), ("of-1-MB", "x|" * 500_000, ("100000",)),
+        )
+    ),
     Refused(52, "pickles-only", FP8, both(lambda folder, built: (folder / FILE).rename(folder / "pytorch_model.bin"), nothing),
             ("pickle", "safetensors"), "pytorch_model.bin"),
     Refused(65, "unknown-model-type", DENSE, config(lambda c: c.update(model_type="model_of_tomorrow")),
@@ -572,6 +583,23 @@ def test_accepted(case: Accepted, prepared: Callable[..., Built], cli: Cli, tmp_
     assert snapshot(built.directory) == before
 
 
+@pytest.mark.parametrize(
+    ("pattern", "refused"),
+    [("(a+)+$", True), ("(([a-z_.0-9])+)+!$", True), (".*" * 5 + "x", True), ("(?:.*a|b)*$", True),
+     (".*mlp.*(gate|up)_proj$", False),
+     (r"(?:.*\.)?layers\.\d+\.mlp\..*", False), ("(?!.*visual).*q_proj", False)],
+)  # fmt: skip
+def test_regexes_in_other_threads(
+    pattern: str, refused: bool, prepared: Callable[..., Built], tmp_path: Path
+) -> None:
+    """51: a thread that is not the main one cannot be interrupted, so what may never end is refused before it is tried."""
+    built = prepared(CT_FP8, tmp_path / "in")
+    quantisation(lambda q: q["ignore"].append(f"re:{pattern}"))(built.directory, built)
+    with ThreadPoolExecutor(1) as pool:
+        planned = pool.submit(convert.plan_conversion, built.directory)
+        assert isinstance(planned.exception(), convert.ConvertError) == refused
+
+
 def test_out_of_hard_links_to_in(prepared: Callable[..., Built], cli: Cli, tmp_path: Path) -> None:
     """56: an OUT whose files are those of IN is refused, and with `--force` replaced without a byte of IN changing."""
     built, out = prepared(FP8, tmp_path / "in"), tmp_path / "out"
@@ -602,6 +630,13 @@ def test_hub_cache(prepared: Callable[..., Built], cli: Cli, tmp_path: Path) -> 
     assert ran.code == 1
     assert "link that leaves" in ran.err
     assert not (tmp_path / "other").exists()
+
+
+def test_limits_are_documented() -> None:
+    """The page has every limit with its value, and no other."""
+    page = (ROOT / "docs" / "hostile.md").read_text(encoding="utf-8")
+    table = dict(re.findall(r"^\| `(MAX_\w+)` \| ([\d.]+) \|", page, re.MULTILINE))
+    assert table == {name: str(value) for name, value in vars(limits).items() if name.startswith("MAX_")}
 
 
 def test_every_number_has_a_row() -> None:

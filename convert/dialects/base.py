@@ -9,18 +9,20 @@ from __future__ import annotations
 import fnmatch
 import re
 import signal
+import sys
 import threading
 import time
 from bisect import bisect_right, insort
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib import import_module
 from typing import Any, NamedTuple, NoReturn
 
 from runtime.format import DENSE_DTYPES
 
 from ..errors import ConvertError, Problem
-from ..limits import MAX_REGEX_S, MAX_REGEXES_S
+from ..limits import MAX_PATTERN, MAX_REGEX_S, MAX_REGEXES_S
 from ..names import NameSpace, canonical_name, repair_sentinel
 
 FLOATS = DENSE_DTYPES
@@ -284,12 +286,18 @@ class ModuleNames:
 
         Raises `ConvertError` if it is invalid.
         """
+        if len(pattern) > MAX_PATTERN:
+            expected, found = f"a pattern of at most {MAX_PATTERN} characters", f"{len(pattern)}"
+            raise ConvertError(Problem(where, "", expected, found, "simplify the pattern"))
         try:
             compiled = re.compile(pattern)
-        except re.error as error:
+        except (re.error, RecursionError, OverflowError) as error:
             raise ConvertError(
                 Problem(where, "", "a regular expression", f"{pattern!r} ({error})", "correct the pattern")
             ) from None
+        if not _REGEX_TIMER.is_on() and _may_backtrack(pattern):
+            expected = "a pattern with few repeats and none inside another, as matching has no time limit in this thread"
+            raise ConvertError(Problem(where, "", expected, repr(pattern), "simplify it, or convert in the main thread"))
 
         def matches(module: Module) -> bool:
             with _REGEX_TIMER.watch(where, pattern):
@@ -335,6 +343,28 @@ def has_wildcard(name: str) -> bool:
     return "*" in name or "?" in name or "[" in name
 
 
+_PARSER: Any = import_module("re._parser" if sys.version_info >= (3, 11) else "sre_parse")
+MANY = 16  # repeats of one thing that count as any number
+MOST_REPEATS = 4  # of one pattern; names have some hundred characters, so that the fourth power of that is still quick
+
+
+def _may_backtrack(pattern: str) -> bool:
+    """Whether a pattern has repeats inside repeats, or so many that matching could take very long."""
+    repeats = 0
+
+    def nested(node: Any, inside: bool) -> bool:
+        nonlocal repeats
+        if isinstance(node, tuple) and len(node) == 2 and str(node[0]).endswith("_REPEAT"):
+            many = node[1][1] > MANY
+            repeats += many
+            return (many and inside) or nested(node[1][2], inside or many)
+        if isinstance(node, (tuple, list, _PARSER.SubPattern)):
+            return any(nested(inner, inside) for inner in node)
+        return False
+
+    return nested(_PARSER.parse(pattern), False) or repeats > MOST_REPEATS
+
+
 class _RegexTimer:
     """Interrupts regular expressions that backtrack for ever, and counts the CPU time that they take.
 
@@ -348,6 +378,10 @@ class _RegexTimer:
         self.left_of: dict[tuple[str, str], float] = {}
         self.started = 0.0
 
+    def is_on(self) -> bool:
+        """Whether matches are timed in this thread."""
+        return self.thread == threading.get_ident()
+
     def stop(self, *_: object) -> NoReturn:
         """The time is over."""
         where, pattern = self.running
@@ -355,13 +389,13 @@ class _RegexTimer:
         raise ConvertError(Problem(where, "", f"a pattern that matches {limit}", repr(pattern), "simplify the pattern"))
 
     def __enter__(self) -> None:
-        if self.thread == threading.get_ident():
+        if self.is_on():
             left = min(self.left, self.left_of.get(self.running, MAX_REGEX_S))
             signal.setitimer(signal.ITIMER_VIRTUAL, max(left, 1e-6))  # 0 would be no timer
             self.started = time.thread_time()
 
     def __exit__(self, *_: object) -> None:
-        if self.thread == threading.get_ident():
+        if self.is_on():
             signal.setitimer(signal.ITIMER_VIRTUAL, 0)
             taken = time.thread_time() - self.started
             self.left -= taken
