@@ -33,7 +33,8 @@ from .names import canonical_name
 from .planner import plan_source
 from .source import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Source, read_json, read_source
 
-PIECE = 16 << 20  # bytes compared at a time
+PIECE = 1 << 20  # bytes compared at a time
+MAPPED = 32 << 20  # bytes compared before the pages of both sides are given back
 CHANGED = "the file has changed: convert again"
 
 # suffix on disk -> (canonical role, whether the stored number divides)
@@ -144,6 +145,21 @@ class _Verifier:
     # stored module -> (module in OUT, first row in it)
     owner: dict[str, tuple[str, int]] = field(default_factory=dict)
     rows_of: dict[str, int] = field(default_factory=dict)
+    mappings: list[mmap.mmap] = field(default_factory=list)
+    touched: int = 0  # bytes of the mappings that were read since they were last given back
+
+    def __post_init__(self) -> None:
+        """Collect the mapped files."""
+        owners = {id(t.data.obj): t.data.obj for t in (*self.source.values(), *self.target.values())}
+        self.mappings = [owner for owner in owners.values() if isinstance(owner, mmap.mmap)]
+
+    def release(self, nbytes: int) -> None:
+        """Give mapped pages back from time to time, so that memory does not grow with the checkpoint; files stay cached."""
+        self.touched += nbytes
+        if self.touched >= MAPPED and hasattr(mmap, "MADV_DONTNEED"):
+            self.touched = 0
+            for mapping in self.mappings:
+                mapping.madvise(mmap.MADV_DONTNEED)
 
     def measure(self) -> None:
         """Rows of each stored projection."""
@@ -232,6 +248,7 @@ class _Verifier:
                 at = start + int(np.flatnonzero(a != b)[0])
                 self.wrong(name, f"the bytes of {theirs.file}", f"a difference {at} bytes into that range")
                 return
+            self.release(2 * a.size)
         self.compared[name] += raw.size // element_bytes
 
     def same_values(self, name: str, start: int, stop: int, values: NDArray[np.float64]) -> None:

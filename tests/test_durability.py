@@ -144,10 +144,10 @@ def test_resume(
     assert len(ran.err.strip().splitlines()) == 1
     assert [word for word in words if word not in ran.err] == []
     assert beside(out) == [".out.journal", ".out.partial"]
-    kept = {p.name: p.stat().st_ino for p in (tmp_path / ".out.partial").iterdir()}
+    kept = {p.name: p.stat().st_mtime_ns for p in (tmp_path / ".out.partial").iterdir()}
     assert cli(*args, "--resume").code == 0
     assert contents(out) == clean
-    same = [name for name, inode in kept.items() if (out / name).stat().st_ino == inode]
+    same = [name for name, written in kept.items() if (out / name).stat().st_mtime_ns == written]
     assert len(same) >= 3
     assert beside(out) == []
 
@@ -472,7 +472,7 @@ def test_every_way_of_copying_gives_the_same_bytes(way: str, tmp_path: Path, mon
     """Cloned, copied by the kernel (perhaps in small parts), or read and written: OUT is the same."""
     monkeypatch.setattr(copying, "LARGE", 512)
     monkeypatch.setattr("convert.layout.LARGE", 512)
-    built = build(tmp_path / "in", family="qwen3_moe", dialect="modelopt", scheme="nvfp4")
+    built = build(tmp_path / "in", family="qwen3", dialect="fp8", scheme="block")
     cloned: list[int] = []
     if way == "clone":
         monkeypatch.setattr(copying, "BLOCK", 4096)
@@ -488,7 +488,8 @@ def test_every_way_of_copying_gives_the_same_bytes(way: str, tmp_path: Path, mon
     monkeypatch.undo()
     convert.verify_conversion(built.directory, tmp_path / "out")
     convert.verify_digests(tmp_path / "out")
-    assert bool(cloned) == (way == "clone")
+    total = sum(len(t.data) for t in built.canonical.values())
+    assert sum(cloned) > total // 3 if way == "clone" else not cloned
 
 
 def test_lock_goes_with_its_process(tmp_path: Path) -> None:
