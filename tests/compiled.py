@@ -134,7 +134,7 @@ FP8 = {"weight": "f8", "scale": "f32", "out": "bf16", "work": "f32", "count": "i
 
 
 def fp8(name: str, tokens: int, block: bool = False, x_scale: int = 0, split: int = 2, **more: Any) -> Build:
-    """One form of `fp8_linear_kernel`, K = 5120, cut as `choose_tiles` does."""
+    """One form of `fp8_linear_kernel`, K = 5120, cut as `SHAPES` says."""
     warps = 4 if tokens == 64 else 2
     pointers = FP8 | {"x": "f8" if x_scale else "bf16"}
     pointers |= ({"block_row": "i32"} if block else {}) | ({"x_scale": "f32"} if x_scale else {})
@@ -151,6 +151,20 @@ def fp8(name: str, tokens: int, block: bool = False, x_scale: int = 0, split: in
     )
 
 
+def nvfp4(name: str, tokens: int, K: int = 5120, split: int = 2, **more: Any) -> Build:
+    """One form of `nvfp4_linear_kernel`, cut as `SHAPES` says."""
+    pointers = {"x": "i32", "weight": "i32", "block_scale": "u8" if K % 128 else "i32", "selectors": "i32", "scale": "f32"}
+    pointers |= {"out": "bf16", "work": "f32", "count": "i32"}
+    rows = 128 if tokens <= 16 else 64
+    constants = {
+        "K": K, "ROWS": rows, "TOKENS": tokens, "SPLIT": split, "STEPS": -(-K // (128 * split)), "BIAS": False,
+        "INTERPRETED": False, "bias": None,
+    }  # fmt: skip
+    name = f"nvfp4 {name}, {tokens} tokens"
+    kernel = "runtime.kernels.nvfp4_linear:nvfp4_linear_kernel"
+    return Build(name, kernel, pointers, constants, 2, 4, None, rows * 128, **({"budget": 4.4} | more))
+
+
 QUANTIZE = {"x": "bf16", "codes": "f8", "scales": "f32"}
 BUILDS = [
     fp8("W8A16 rows", 8, split=1),
@@ -163,10 +177,16 @@ BUILDS = [
     fp8("W8A8 tokens", 64, x_scale=2),
     fp8("W8A8 groups", 8, block=True, x_scale=3),
     fp8("W8A8 groups", 64, block=True, x_scale=3),
+    nvfp4("W4A16", 8, split=1),
+    nvfp4("W4A16", 16),
+    nvfp4("W4A16", 32, budget=5.2),
+    nvfp4("W4A16, K ends inside a step", 8, K=1856, budget=6.0),
     Build("fp8 quantise groups", "runtime.kernels.fp8_quantize:quantize_groups_kernel", QUANTIZE,
           {"K": 5120, "GROUPS": 8, "STATIC": False, "E8M0": True}),
     Build("fp8 quantise tokens", "runtime.kernels.fp8_quantize:quantize_tokens_kernel", QUANTIZE,
           {"K": 5120, "STEP": 4096}, warps=8),
+    Build("nvfp4 quantise", "runtime.kernels.nvfp4_quantize:quantize_kernel",
+          {"x": "bf16", "out": "bf16", "input_scale": "f32"}, {"K": 5120, "GROUPS": 64}),
 ]  # fmt: skip
 
 

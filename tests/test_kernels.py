@@ -30,11 +30,12 @@ from runtime.kernels.table import FEW, TORCH, Machine, choose
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from runtime.kernels import fp8_linear, fp8_quantize, tiles
+from runtime.kernels import fp8_linear, fp8_quantize, nvfp4_linear, nvfp4_quantize, tiles
 from runtime.kernels.cases import Case, make_inputs, make_tensors
 
 CPU = torch.device("cpu")
 FP8_TINY = [case for case in fp8_linear.CASES if case.tiny]
+NVFP4_TINY = [case for case in nvfp4_linear.CASES if case.tiny]
 
 
 def label(value: object) -> str | None:
@@ -71,6 +72,106 @@ def test_split_of_k(case: Case, split: int) -> None:
     check(fp8_linear, case, 2, tiles.Tiles(32, 8, split, steps, 2, 2))
 
 
+@pytest.mark.parametrize("M", [1, 3])
+@pytest.mark.parametrize("case", NVFP4_TINY, ids=label)
+def test_nvfp4_linear(case: Case, M: int) -> None:
+    check(nvfp4_linear, case, M)
+
+
+@pytest.mark.parametrize("M", [9, 17, 64])
+def test_nvfp4_linear_many_tokens(M: int) -> None:
+    check(nvfp4_linear, NVFP4_TINY[1], M)
+
+
+@pytest.mark.parametrize("split", [2, 3, 4])
+@pytest.mark.parametrize("case", [NVFP4_TINY[1], NVFP4_TINY[6]], ids=label)
+def test_nvfp4_split_of_k(case: Case, split: int) -> None:
+    steps = -(-case.K // (tiles.INPUTS * split))
+    check(nvfp4_linear, case, 2, tiles.Tiles(32, 8, split, steps, 2, 2))
+
+
+@pytest.mark.parametrize("K", [384, 208])
+@pytest.mark.parametrize("scale", [0.01, 1e-5])  # with the second one, block scales saturate
+def test_nvfp4_quantize_is_exact(K: int, scale: float) -> None:
+    x = awkward_input()[:, :K].bfloat16().contiguous()
+    found = nvfp4_quantize.quantize(x, torch.tensor([scale])).float()
+    expected = fake_quantize(x.float(), "nvfp4", torch.tensor(scale))
+    # code * (block * scale), or (code * block) * scale: one rounding, at different places
+    assert (found * scale - expected).abs().max() <= 1.2e-7 * expected.abs().max()
+    assert torch.equal(found == 0, expected == 0)
+
+
+def run_ptx(code: str, *operands: int) -> int:
+    """Execute the few instructions that the decoding uses on 32-bit operands, `$0` being the result."""
+    registers = {f"${i + 1}": value for i, value in enumerate(operands)}
+
+    def value(name: str) -> int:
+        return registers[name] if name in registers else int(name, 0)
+
+    def bf16(bits: int) -> float:
+        return torch.tensor(bits, dtype=torch.int32).to(torch.uint16).view(torch.bfloat16).double().item()
+
+    def product(a: int, b: int) -> int:
+        exact = torch.tensor(bf16(a) * bf16(b), dtype=torch.float64)
+        assert exact.bfloat16().double() == exact, "a product was rounded"
+        return exact.bfloat16().view(torch.uint16).item()
+
+    for line in code.strip("{} ").split(";"):
+        name, _, rest = line.strip().partition(" ")
+        if not name or name == ".reg":
+            continue
+        to, *inputs = [part.strip() for part in rest.split(",")]
+        a, b, *more = [value(part) for part in inputs] + [0]
+        match name:
+            case "mov.b32":
+                result = a
+            case "shl.b32":
+                result = a << b
+            case "shr.u32":
+                result = a >> b
+            case "and.b32":
+                result = a & b
+            case "mul.lo.u32":
+                result = a * b
+            case "lop3.b32":
+                assert more[1] == 0xEA
+                result = (a & b) | more[0]
+            case "prmt.b32":
+                pool = (a | (b << 32)).to_bytes(8, "little")
+                result = int.from_bytes(bytes(pool[(more[0] >> (4 * i)) & 7] for i in range(4)), "little")
+            case "mul.rn.bf16x2":
+                result = product(a & 0xFFFF, b & 0xFFFF) | (product(a >> 16, b >> 16) << 16)
+            case _:
+                raise AssertionError(name)
+        registers[to] = result & 0xFFFFFFFF
+    return registers["$0"]
+
+
+@pytest.mark.parametrize("position", range(4))
+def test_assembly_decodes_every_code(position: int) -> None:
+    """Each nibble in each half beside others, times scales of all sizes, equals code * scale / 128 exactly."""
+    code = [nvfp4_linear.NIBBLE_0, nvfp4_linear.NIBBLE_1, nvfp4_linear.NIBBLE_2, nvfp4_linear.NIBBLE_3][position].value
+    values = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6], dtype=torch.float64)
+    values = torch.cat([values, -values])
+    scales = torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn).double()
+    for byte in (0, 1, 7, 8, 9, 55, 56, 120, 126):
+        other = (byte * 37 + 11) % 127
+        words = byte << 24 | other << 8, byte | other << 16
+        pair = run_ptx(nvfp4_linear.SCALES.value, words[0], words[1], 0, 0, 0x3333, 0x0000)
+        assert pair == run_ptx(nvfp4_linear.SCALES.value, 0, 0, words[0], words[1], 0x7777, 0x4444)
+        for low in range(16):
+            high = (low * 7 + 3) % 16
+            p = (low | high << 16) << (4 * position) | (0xA5C3A5C3 & ~(0x000F000F << (4 * position)))
+            bits = torch.tensor([run_ptx(code, p, pair)], dtype=torch.int64).to(torch.uint32).view(torch.bfloat16).double()
+            assert bits[0] == values[low] * scales[byte] / 128
+            assert bits[1] == values[high] * scales[byte] / 128
+
+
+def test_assembly_takes_halves() -> None:
+    assert run_ptx(nvfp4_linear.LOW_HALVES.value, 0x11112222, 0x33334444) == 0x44442222
+    assert run_ptx(nvfp4_linear.HIGH_HALVES.value, 0x11112222, 0x33334444) == 0x33331111
+
+
 @pytest.mark.parametrize("kind", fp8_quantize.KINDS)
 @pytest.mark.parametrize("K", [384, 200])
 def test_fp8_quantize_is_exact(kind: str, K: int) -> None:
@@ -102,10 +203,11 @@ def test_sums_do_not_depend_on_the_last_program() -> None:
     assert torch.equal(run(x, out=torch.empty(3, 100), tiles=cut), run(x, out=torch.empty(3, 100), tiles=cut))
 
 
-@pytest.mark.parametrize("M", [1, 8, 9, 16, 33, 64])
+@pytest.mark.parametrize("shapes", [fp8_linear.SHAPES, nvfp4_linear.SHAPES], ids=["fp8", "nvfp4"])
+@pytest.mark.parametrize("M", [1, 8, 9, 16, 32])
 @pytest.mark.parametrize(("N", "K"), [(5120, 17408), (16384, 5120), (248320, 5120), (3, 16), (64, 2**20)])
-def test_tiles_cover_the_work(M: int, N: int, K: int) -> None:
-    cut = tiles.choose_tiles(M, N, K)
+def test_tiles_cover_the_work(shapes: tuple[tiles.Shape, ...], M: int, N: int, K: int) -> None:
+    cut = tiles.choose_tiles(shapes, M, N, K)
     assert cut.tokens >= M
     assert cut.split * cut.steps * tiles.INPUTS >= K > (cut.split - 1) * cut.steps * tiles.INPUTS
     assert cut.split == 1 or -(-N // cut.rows) <= tiles.COUNTERS
@@ -156,6 +258,7 @@ LAYERS = [
     ("fp8_tensor", (24, 8, 32), 96, "fp8_static", True),
     ("fp8_channel", (70,), 160, None),
     ("fp8_block", (200, 128, 5), 160, "fp8_group"),
+    ("nvfp4", (24, 8, 37), 96, "nvfp4"),
 ]
 
 

@@ -35,6 +35,7 @@ from runtime.kernels.fp8_quantize import KINDS, quantize
 from runtime.kernels.tiles import (
     INPUTS,
     INTERPRETED,
+    Shape,
     Tiles,
     add_partials,
     choose_tiles,
@@ -47,6 +48,10 @@ from runtime.kernels.tiles import (
 SCHEMES = ("fp8_tensor", "fp8_channel", "fp8_block")
 ACTIVATIONS: tuple[str | None, ...] = (None, *KINDS)
 
+
+# Two warps keep the matmul on `mma.sync`, whose left operand is decoded in registers; for 64 tokens the wider instruction of
+# four warps is better, as two would decode each weight twice.
+SHAPES = (Shape(8, 64, 2, 4), Shape(16, 64, 2, 4), Shape(32, 64, 2, 4), Shape(64, 64, 4, 2, registers=224))
 
 CASES = (
     Case("one row of blocks", "fp8_tensor", (64,), 256, tiny=True),
@@ -208,7 +213,7 @@ def prepare(spec: ModuleSpec, tensors: Mapping[str, Tensor]) -> Callable[..., Te
             inputs, x_scale = x, None
             if spec.activations is not None:
                 inputs, x_scale = quantize(x, spec.activations, input_scale)
-            cut = tiles or choose_tiles(M, stop - start, K, multiprocessors(device))
+            cut = tiles or choose_tiles(SHAPES, M, stop - start, K, multiprocessors(device))
             fp8_linear_kernel[(-(-(stop - start) // cut.rows), cut.split)](
                 inputs, weight[start:stop], scale if block else scale[start:stop],
                 None if block_row is None else block_row[start:stop], x_scale, None if bias is None else bias[start:stop],

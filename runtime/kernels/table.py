@@ -46,6 +46,10 @@ ROWS = (
         ("fp8_tensor", "fp8_channel", "fp8_block"), (FEW,), FP8_INPUTS, (90, 110), "runtime.kernels.fp8_linear",
         "reads each code once and decodes it in registers",
     ),
+    Row(
+        ("nvfp4",), (FEW,), (None, "nvfp4"), (90, 110), "runtime.kernels.nvfp4_linear",
+        "reads each code once and decodes it in registers",
+    ),
     Row(tuple(SCHEMES), OPERATIONS, None, None, TORCH, "weights are converted on every call; runs anywhere"),
 )  # fmt: skip
 

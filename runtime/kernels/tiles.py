@@ -11,6 +11,7 @@ that tile back to 0: launches that follow on the same stream, or a replayed grap
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor
 
 MAX_TOKENS = 64
 INPUTS = 128  # elements of K per step: the block of FP8 block scales and of grouped input scales
+STAGES = 4
 COUNTERS = 4096  # tiles that a split launch may have
 H200_SMS = 132
 # The interpreter computes wrongly in bfloat16 and cannot run inline assembly: kernels then work in float32.
@@ -44,20 +46,28 @@ class Tiles:
     registers: int | None = None
 
 
-def choose_tiles(M: int, N: int, K: int, sms: int = H200_SMS) -> Tiles:
-    """The default for a shape on a device with `sms` multiprocessors: enough programs to fill it, by splitting K.
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """The part of `Tiles` that does not depend on N and K, and how many programs a multiprocessor should get."""
 
-    Two warps per program keep the matmul on `mma.sync`, whose left operand is decoded in registers; 64 tokens take the
-    wider instruction of four warps, as two would decode each weight twice.
+    tokens: int
+    rows: int
+    warps: int
+    programs: int
+    registers: int | None = None
+
+
+def choose_tiles(shapes: Sequence[Shape], M: int, N: int, K: int, sms: int = H200_SMS) -> Tiles:
+    """The default for a matmul on a device with `sms` multiprocessors: enough programs to fill it, by splitting K.
+
+    `shapes`: what a kernel allows, by ascending `tokens`.
     """
-    tokens = next(t for t in (8, 16, 32, 64) if t >= M)
-    warps, per_sm = (4, 2) if tokens == 64 else (2, 4)
-    rows = 64
+    shape = next(s for s in shapes if s.tokens >= M)
     steps = -(-K // INPUTS)
-    tiles = -(-N // rows)
-    split = min(-(-per_sm * sms // tiles), max(1, steps // 4)) if tiles <= COUNTERS else 1
+    tiles = -(-N // shape.rows)
+    split = min(-(-shape.programs * sms // tiles), max(1, steps // 4)) if tiles <= COUNTERS else 1
     per_split = -(-steps // split)
-    return Tiles(rows, tokens, -(-steps // per_split), per_split, warps, 4, 224 if tokens == 64 else None)
+    return Tiles(shape.rows, shape.tokens, -(-steps // per_split), per_split, shape.warps, STAGES, shape.registers)
 
 
 @functools.cache
