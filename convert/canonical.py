@@ -133,6 +133,10 @@ def open_canonical(out_dir: str | os.PathLike[str]) -> Canonical:
     family = next((f for f in FAMILIES if f.name == config.family), None)
     if family is None:
         raise ConvertError(Problem(CONFIG_FILE, "family", "a known family", f"{config.family}", "use a newer qconvert"))
+    for fact in family.fields:
+        value = config.architecture.get(fact.name, 0)
+        if fact.kind is int and type(value) is not int and not (value is None and fact.default is None):
+            raise ConvertError(Problem(CONFIG_FILE, f"architecture.{fact.name}", "a whole number", f"{value!r:.80}", AGAIN))
     with malformed(CONFIG_FILE):
         present = present_layers(family, config.architecture, tensors)
         if config.architecture.get("head") == "separate":

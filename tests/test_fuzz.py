@@ -154,6 +154,8 @@ FOUND: dict[str, tuple[str, Callable[[Any], object]]] = {
     "architecture-head-with-escape": config(lambda c: c["architecture"].update(head="\x1b[2J")),
     "architecture-sizes-overflow": config(lambda c: c["architecture"].update(hidden_size=2**63, vocab_size=2**63)),
     "architecture-of-another-size": config(lambda c: c["architecture"].update(intermediate_size=10**30)),
+    "architecture-of-a-broken-size": config(lambda c: c["architecture"].update(num_key_value_heads=0.02)),
+    "architecture-of-a-size-with-a-point": config(lambda c: c["architecture"].update(head_dim=16.0)),
     "rope-scaling-of-lists": config(lambda c: c["architecture"].update(rope_scaling={
         "rope_type": "llama3", "factor": [2.0], "low_freq_factor": 1, "high_freq_factor": 4,
         "original_max_position_embeddings": [8]})),
