@@ -74,5 +74,5 @@ def test_report() -> None:
     data = json.loads(json.dumps(gpu.record(lines, "a GPU", datetime.datetime(2026, 1, 2, 3, 4, 5))))
     assert data["date"] == "2026-01-02T03:04:05"
     assert data["hardware"] == "a GPU"
-    assert data["versions"]["torch"] == torch.__version__
+    assert torch.__version__.startswith(data["versions"]["torch"])  # without the local part in some builds
     assert data["lines"][2] == {"part": "linear", "name": "b", "values": {"M": 8, "us": 21.0}, "failed": True}
