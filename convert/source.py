@@ -134,6 +134,12 @@ def _no_constant(constant: str) -> NoReturn:
     raise ValueError(f"{constant}, which is not JSON")
 
 
+def _no_minus_zero(text: str) -> int:
+    if text == "-0":  # 0 to Python, no size to other readers
+        raise ValueError("-0, which is no size")
+    return int(text)
+
+
 def _check_nesting(value: Any, file: str) -> None:
     """Refuse JSON that is nested deeper than any config, before code that calls itself for each level meets it."""
     level = [value]
@@ -162,11 +168,15 @@ def parse_json(raw: bytes, file: str) -> dict[str, Any]:
 
 
 def _parse(
-    raw: bytes, file: str, pairs: Callable[[list[tuple[str, Any]]], Any] | None, constant: Callable[[str], Any]
+    raw: bytes,
+    file: str,
+    pairs: Callable[[list[tuple[str, Any]]], Any] | None,
+    constant: Callable[[str], Any],
+    integer: Callable[[str], int] | None = None,
 ) -> dict[str, Any]:
     """Parse a JSON object."""
     try:
-        value = json.loads(raw.decode("utf-8"), object_pairs_hook=pairs, parse_constant=constant)
+        value = json.loads(raw.decode("utf-8"), object_pairs_hook=pairs, parse_constant=constant, parse_int=integer)
     except RecursionError:
         _refuse(file, "", "JSON of ordinary depth", "brackets nested too deeply", "the file is damaged: fetch it again")
     except ValueError as error:
@@ -313,15 +323,15 @@ def read_header(path: Path, file: str) -> list[TensorInfo]:
         raw = stream.read(length)
     # Quotes tell whether a key was given twice: a tensor has ten, those of its name, its dtype and three keys, and a pair of
     # the metadata four.  A repeated key, which is lost in parsing, has more.  Only where the count differs, or where an escape
-    # may stand for one, the slow check is made.
+    # may stand for one, or where a size may be -0, the slow check is made.
     if not raw.startswith(b"{"):
         _refuse(file, "", "a header that begins with {", f"{raw[:20]!r}", damaged)
     header = _parse(raw, file, None, _no_constant)
     quotes = 2 if "__metadata__" in header else 0
     metadata = header.pop("__metadata__", {})
     quotes += 10 * len(header) + (4 * len(metadata) if isinstance(metadata, dict) else 0)
-    if raw.count(b'"') != quotes or b"\\" in raw:
-        value = _parse(raw, file, _no_duplicates, _no_constant)
+    if raw.count(b'"') != quotes or b"\\" in raw or b"-0" in raw:
+        value = _parse(raw, file, _no_duplicates, _no_constant, _no_minus_zero)
         _check_nesting(value, file)
         _check_text(value, file)
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
