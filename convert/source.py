@@ -272,7 +272,8 @@ def _header_entries(file: str, header: Mapping[str, Any], start: int, end: int) 
 
 def _nbytes(dtype: str, shape: Iterable[int]) -> int:
     """Size of a tensor in bytes.  Raises `KeyError` and `ValueError` for what no tensor can have."""
-    if not all(map(_is_size, shape)):
+    # Without its zeros, because other readers multiply one after another: 2**32 x 2**32 x 0 overflows.
+    if not all(map(_is_size, shape)) or not _is_size(DTYPE_BYTES[dtype] * math.prod(filter(None, shape))):
         raise ValueError(shape)
     return DTYPE_BYTES[dtype] * math.prod(shape)
 
@@ -289,11 +290,11 @@ def _refuse_entries(file: str, header: Mapping[str, Any], start: int, end: int) 
                 _refuse(file, name, f"a dtype of {', '.join(DTYPE_BYTES)}", f"{dtype!r}", "this dtype has no known size")
             begin, stop = entry["data_offsets"]
             ok = ok and _is_size(begin) and _is_size(stop) and begin <= stop
+            nbytes = _nbytes(dtype, shape) if ok else 0
         except (KeyError, TypeError, ValueError):
             ok = False
         if not ok:
             _refuse(file, name, "dtype, shape and data_offsets", f"{entry!r:.120}", damaged)
-        nbytes = _nbytes(dtype, shape)
         if nbytes != stop - begin:
             _refuse(file, name, f"{nbytes} bytes for {dtype} {shape}", f"{stop - begin}", damaged)
         ranges.append((start + begin, start + stop, name))
