@@ -16,6 +16,9 @@ from typing import TYPE_CHECKING, Any
 from .errors import ConvertError, MachineError, Problem, UsageError
 
 if TYPE_CHECKING:
+    from .batch import Job as Job
+    from .batch import convert_batch as convert_batch
+    from .batch import read_jobs as read_jobs
     from .executor import Report as Report
     from .executor import convert_checkpoint as convert_checkpoint
     from .exporter import export_checkpoint as export_checkpoint
@@ -28,12 +31,15 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _WHERE = {
+    "Job": "batch",
     "Plan": "plan",
     "Report": "executor",
+    "convert_batch": "batch",
     "convert_checkpoint": "executor",
     "export_checkpoint": "exporter",
     "inspect_checkpoint": "inspector",
     "plan_conversion": "planner",
+    "read_jobs": "batch",
     "verify_conversion": "verifier",
     "verify_digests": "verifier",
 }

@@ -11,13 +11,19 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import click
+from click.shell_completion import CompletionItem
 
 from . import __version__
-from .errors import ConvertError, printable
+from .errors import ConvertError, MachineError, Problem, UsageError, printable
+from .events import Events
 
+if TYPE_CHECKING:
+    from .batch import JobRun
+
+F = TypeVar("F", bound=Callable[..., Any])
 SIZE_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
@@ -52,6 +58,10 @@ class Directory(click.ParamType[str] if TYPE_CHECKING else click.ParamType):  # 
             self.fail("the path is empty", param, ctx)
         return str(value)
 
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        """Let the shell complete directories."""
+        return [CompletionItem(incomplete, type="dir")]
+
 
 class DefaultCommand(click.Group):
     """A group in which `qconvert IN OUT` means `qconvert convert IN OUT`."""
@@ -61,6 +71,17 @@ class DefaultCommand(click.Group):
         if args and args[0] not in self.commands and args[0] not in ("--help", "-h", "--version"):
             args = ["convert", *args]
         return super().parse_args(ctx, args)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command; an interrupt becomes click's own, before click writes an empty line among events."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as error:
+            raise click.Abort from error
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """Directories, as IN may come first; then commands and options."""
+        return [CompletionItem(incomplete, type="dir"), *super().shell_complete(ctx, incomplete)]
 
     def format_usage(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """The main job first."""
@@ -76,9 +97,40 @@ class DefaultCommand(click.Group):
         self.format_commands(ctx, formatter)
 
 
+def events() -> Events:
+    """How the command that runs reports."""
+    return click.get_current_context().find_root().ensure_object(Events)
+
+
+def _wants(field: str) -> Callable[[click.Context, click.Parameter, bool], bool]:
+    def note(ctx: click.Context, param: click.Parameter, value: bool) -> bool:
+        setattr(ctx.find_root().ensure_object(Events), field, value)
+        return value
+
+    return note
+
+
+def json_option(meaning: str) -> Callable[[F], F]:
+    """`--json`: the result, or the reason why there is none, as JSON on standard output."""
+    note = _wants("as_json")
+    return click.option("--json", "as_json", is_flag=True, envvar="QCONVERT_JSON", callback=note, is_eager=True, help=meaning)
+
+
+def log_option(command: F) -> F:
+    """`--log-json`: events as JSON lines on standard error."""
+    meaning = "Events as JSON lines on standard error."
+    return click.option(
+        "--log-json", is_flag=True, expose_value=False, callback=_wants("lines"), is_eager=True, help=meaning
+    )(command)
+
+
 @contextmanager
 def progress_bar(total_label: str) -> Iterator[Callable[[int, int], None] | None]:
-    """A progress bar on a terminal, nothing in a pipe."""
+    """A progress bar on a terminal, events with `--log-json`, nothing in a pipe."""
+    log = events()
+    if log.lines:
+        yield log.progress()
+        return
     if not sys.stderr.isatty():
         yield None
         return
@@ -107,10 +159,11 @@ def human(nbytes: float) -> str:
     return f"{nbytes:.1f} TB"
 
 
-CONTEXT = {"help_option_names": ["-h", "--help"]}
+HELP = {"help_option_names": ["-h", "--help"]}
+CONTEXT = {**HELP, "auto_envvar_prefix": "QCONVERT"}  # for every command alike: --shard-size from QCONVERT_SHARD_SIZE
 
 
-@click.group(cls=DefaultCommand, context_settings=CONTEXT)
+@click.group(cls=DefaultCommand, context_settings=HELP)
 @click.version_option(__version__, prog_name="qconvert")
 def cli() -> None:
     """Bring a quantised checkpoint into the one canonical form, exactly.
@@ -121,9 +174,14 @@ def cli() -> None:
     qconvert inspect DIR         what a checkpoint is
     qconvert verify IN OUT       prove OUT against IN, element by element
     qconvert export OUT DIR      back to Hugging Face names, dequantised
+    qconvert batch JOBS          many checkpoints, one report
 
     Exit codes: 0 done, 1 the checkpoint is refused, 2 usage, 3 the machine failed, 130 interrupted.
+    Every option has a default in the environment: --shard-size in QCONVERT_SHARD_SIZE, and so on.
     """
+
+
+SUMMARY = ("family", "dialect", "tensors", "bytes")  # of a report, for the event that a conversion is done
 
 
 def _adapter_line(adapter: dict[str, Any]) -> str:
@@ -173,18 +231,23 @@ def _print_plan(plan: Any) -> None:
 def _warn(lines: Sequence[str], skipped: dict[str, str]) -> None:
     from .source import REPLACED
 
-    for line in lines:
-        click.echo(f"note: {printable(line)}", err=True)
+    notes = list(lines)
     for name, reason in sorted(skipped.items()):
         if name not in REPLACED and not name.endswith(".safetensors.index.json"):
-            click.echo(f"note: not copied: {printable(name)}: {reason}", err=True)
+            notes.append(f"not copied: {name}: {reason}")
+    log = events()
+    for note in notes:
+        log.emit("note", message=note)
+        if not log.lines:
+            click.echo(f"note: {printable(note)}", err=True)
 
 
 @cli.command("convert", context_settings=CONTEXT)
 @click.argument("in_dir", metavar="IN", type=Directory())
 @click.argument("out_dir", metavar="OUT", type=Directory())
 @click.option("--dry-run", is_flag=True, help="Show the plan; read headers only and write nothing.")
-@click.option("--json", "as_json", is_flag=True, help="Print the report (or the plan) as JSON.")
+@json_option("Print the report (or the plan) as JSON.")
+@log_option
 @click.option("--verify", is_flag=True, help="Prove the result against IN before OUT appears.")
 @click.option("--force", is_flag=True, help="Replace a non-empty OUT, once the new one is complete.")
 @click.option("--workers", type=click.IntRange(1, 64), default=None, help="Threads that write files.")
@@ -219,6 +282,8 @@ def convert_command(
         return
     from .executor import convert_checkpoint
 
+    log = events()
+    log.emit("start", command="convert", **{"in": in_dir, "out": out_dir})
     with progress_bar("converting") as progress:
         report = convert_checkpoint(
             in_dir,
@@ -232,6 +297,7 @@ def convert_command(
             progress=progress,
         )
     _warn(report.contradictions, report.skipped_files)
+    log.emit("done", **{key: report.data[key] for key in SUMMARY})
     if as_json:
         emit(report.to_json())
         return
@@ -243,7 +309,8 @@ def convert_command(
 
 @cli.command("inspect", context_settings=CONTEXT)
 @click.argument("directory", metavar="DIR", type=Directory())
-@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
+@json_option("Print everything as JSON.")
+@log_option
 def inspect_command(directory: str, as_json: bool) -> None:
     """Say what the checkpoint in DIR is: producer, family, schemes, sizes, defects."""
     from .inspector import inspect_checkpoint
@@ -283,7 +350,8 @@ def inspect_command(directory: str, as_json: bool) -> None:
 
 @cli.command("verify", context_settings=CONTEXT)
 @click.argument("directories", metavar="[IN] OUT", nargs=-1, required=True, type=Directory())
-@click.option("--json", "as_json", is_flag=True, help="Print the counts as JSON.")
+@json_option("Print the counts as JSON.")
+@log_option
 def verify_command(directories: tuple[str, ...], as_json: bool) -> None:
     """Prove that OUT holds exactly what IN holds; with OUT alone, check its files against their digests."""
     if len(directories) > 2:
@@ -316,7 +384,8 @@ def verify_command(directories: tuple[str, ...], as_json: bool) -> None:
 @click.option("--to", type=click.Choice(["dense"]), default="dense", show_default=True, help="Form to export to.")
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32", show_default=True)
 @click.option("--force", is_flag=True, help="Replace a non-empty DIR.")
-@click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
+@json_option("Print the summary as JSON.")
+@log_option
 def export_command(out_dir: str, dest: str, to: str, dtype: str, force: bool, as_json: bool) -> None:
     """Write the canonical checkpoint OUT to DIR under Hugging Face names, as transformers loads it."""
     from .exporter import export_checkpoint
@@ -328,6 +397,104 @@ def export_command(out_dir: str, dest: str, to: str, dtype: str, force: bool, as
         click.echo(f"{printable(dest)}: {summary['tensors']} tensors, {human(summary['bytes'])} in {summary['files']} files")
 
 
+@contextmanager
+def batch_display(jobs: int, log: Events) -> Iterator[Callable[[JobRun], None]]:
+    """Shows a batch as it goes: a line for each job that has ended, and on a terminal a bar that all jobs share."""
+    from tqdm import tqdm
+
+    with tqdm(
+        total=jobs, unit="job", desc="batch", leave=False, disable=log.lines or not sys.stderr.isatty(),
+        bar_format="{desc}: {n_fmt}/{total_fmt} jobs |{bar}| {elapsed}{postfix}",
+    ) as bar:  # fmt: skip
+        running: dict[str, JobRun] = {}
+        ended: list[JobRun] = []
+
+        def show(run: JobRun) -> None:
+            facts = {"in": run.job.source, "out": run.job.out, "state": run.state}
+            running[run.job.out] = run
+            if run.exit_code is not None:
+                del running[run.job.out]
+                ended.append(run)
+                bar.update()
+                if not log.lines:
+                    bar.write(f"[{len(ended)}/{jobs}] {_job_line(run)}", file=sys.stderr)
+            log.emit("job", **facts, exit_code=run.exit_code, bytes=run.written_bytes, total_bytes=run.total_bytes)
+            written = human(sum(r.written_bytes for r in (*running.values(), *ended)))
+            bar.set_postfix_str(f"{written}; " + ", ".join(_percent(r) for r in running.values()))
+
+        yield show
+
+
+def _percent(run: JobRun) -> str:
+    name = os.path.basename(run.job.out.rstrip("/"))
+    return printable(f"{name} {run.written_bytes / run.total_bytes:.0%}" if run.total_bytes else name)
+
+
+def _job_line(run: JobRun) -> str:
+    """One job that has ended, in one line."""
+    if run.exit_code != 0:
+        first = next(iter((run.error or {}).get("problems", ())), None)
+        return printable(f"{run.state} {run.job.out}") + (f": {Problem(**first)}" if first else "")
+    what = f"{run.result['tensors']} tensors, {human(run.result['bytes'])}"
+    return printable(f"done {run.job.out}: {what}" + ("" if run.written_bytes else ", complete before"))
+
+
+@cli.command("batch", context_settings=CONTEXT)
+@click.argument("sources", metavar="JOBS...", nargs=-1, required=True)
+@click.option("--out-dir", type=Directory(), help="Where checkpoints without an OUT of their own go, under their names.")
+@click.option("--jobs", type=click.IntRange(1, 256), default=1, show_default=True, help="Conversions at a time.")
+@click.option("--report", type=click.Path(dir_okay=False), help="Write the report as JSON to this file, after every job.")
+@json_option("Print the report as JSON.")
+@log_option
+@click.option("--resume", is_flag=True, help="Skip what is complete, continue what was begun.")
+@click.option("--verify", is_flag=True, help="Prove each result against its IN before its OUT appears.")
+@click.option("--force", is_flag=True, help="Replace non-empty OUTs.")
+@click.option("--workers", type=click.IntRange(1, 64), default=None, help="Threads of each conversion.")
+@click.option("--shard-size", type=ByteSize(), default=None, help="Data per file.")
+@click.option("--no-hash", is_flag=True, help="Do not record digests.")
+@click.pass_context
+def batch_command(
+    ctx: click.Context, /, sources: tuple[str, ...], out_dir: str | None, jobs: int, report: str | None, as_json: bool,
+    **defaults: str | int | bool | None,
+) -> None:  # fmt: skip
+    """Convert many checkpoints; goes on when some fail, and says so in one report.
+
+    \b
+    JOBS: a file of jobs (.yaml, .json, or JSON lines; - for standard input), checkpoints, or a glob of them:
+    {"in": "hub/Qwen3.5-27B-FP8", "out": "canonical/Qwen3.5-27B-FP8", "shard_size": "5GB", "verify": true}
+
+    \b
+    Example:  qconvert batch 'hub/*' --out-dir canonical --jobs 2 --resume --report report.json
+
+    Options given here are those of jobs that do not set them.  Exit code: 0 all done; otherwise the worst of the jobs:
+    3 the machine failed (a retry with --resume may help), 1 refused, 2 an OUT that cannot be used.
+    """
+    from .batch import convert_batch, read_jobs
+
+    given = {name: value for name, value in defaults.items() if value}
+    todo = read_jobs(sources, out_dir)
+    with batch_display(len(todo), events()) as show:
+        result = convert_batch(todo, processes=jobs, defaults=given, report=report, progress=show)
+    if as_json:
+        emit(result)
+    else:
+        _print_batch(result)
+    ctx.exit(result["exit_code"])
+
+
+def _print_batch(result: dict[str, Any]) -> None:
+    """The report of a batch as a table."""
+    rows = [("state", "OUT", "family", "dialect", "tensors", "size", "time")]
+    for job in result["jobs"]:
+        size = human(job["bytes"]) if "bytes" in job else "-"
+        facts = (job.get("family", "-"), job.get("dialect", "-"), str(job.get("tensors", "-")), size)
+        rows.append((job["state"], printable(job["out"]), *facts, f"{job['elapsed_s']:.1f} s"))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        click.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    click.echo(", ".join(f"{count} {state}" for state, count in result["counts"].items()))
+
+
 INTERRUPTS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 
 
@@ -337,31 +504,45 @@ def _interrupted(*_: object) -> NoReturn:
     raise KeyboardInterrupt
 
 
+def _hint(error: BaseException) -> str:
+    """How to go on after an interrupt, which click wraps."""
+    return str(error.__cause__ or error) or "OUT is as it was before: run the same command again"
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code.  Every error that input can cause ends here as lines on stderr."""
+    log = Events()
     before = {number: signal.signal(number, _interrupted) for number in INTERRUPTS}
     try:
-        cli.main(args=list(sys.argv[1:] if argv is None else argv), prog_name="qconvert", standalone_mode=False)
-        return 0
+        args = list(sys.argv[1:] if argv is None else argv)
+        code = cli.main(args=args, prog_name="qconvert", standalone_mode=False, obj=log)
+        return code if isinstance(code, int) else 0
     except ConvertError as error:
-        for line in str(error).splitlines():
+        log.failed(error)
+        for line in str(error).splitlines() if not log.lines else ():
             click.echo(f"qconvert: {line}", err=True)
         return error.exit_code
     except click.exceptions.Exit as stop:
         return stop.exit_code
     except click.ClickException as error:
-        error.show()
+        log.failed(UsageError(Problem("", "", "a command as --help shows it", error.format_message(), "see qconvert --help")))
+        if not log.lines:
+            error.show()
         return error.exit_code
     except (KeyboardInterrupt, click.Abort) as error:
-        hint = str(error.__cause__ or error)  # click wraps the interrupt, which says how to continue
-        click.echo(f"qconvert: interrupted; {hint or 'OUT is as it was before: run the same command again'}", err=True)
+        log.emit("interrupted", exit_code=130, remedy=_hint(error))
+        if not log.lines:
+            click.echo(f"qconvert: interrupted; {_hint(error)}", err=True)
         return 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
-        where = f"{printable(error.filename)}: " if error.filename else ""
-        click.echo(f"qconvert: {where}{error.strerror or error!r}; check the path, its permissions and the disk", err=True)
+        where, found = str(error.filename or ""), error.strerror or repr(error)
+        remedy = "check the path, its permissions and the disk"
+        log.failed(MachineError(Problem(where, "", "a path that can be used", found, remedy)))
+        if not log.lines:
+            click.echo(f"qconvert: {f'{printable(where)}: ' if where else ''}{found}; {remedy}", err=True)
         return 3
     finally:
         for number, handler in before.items():

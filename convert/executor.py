@@ -325,7 +325,7 @@ def convert_checkpoint(
     if finished:
         if _made_from(finished, out, digest, before):
             tidy(out)
-            return Report(finished)
+            return Report(finished | _proof(source, out) if verify else finished)
         check_target(out, source, force)
     written = 0
     lock = threading.Lock()
@@ -345,10 +345,7 @@ def convert_checkpoint(
             run = _Run(plan, sources, Values(plan, sources), work, advance, flusher)
             report = _execute(run, shards, workers or default_workers(), hashes, digest, before)
             if verify:
-                from .verifier import verify_conversion
-
-                result = verify_conversion(source, work.path)
-                report.data["verified"] = {"tensors": result.tensors, "elements": result.elements}
+                report.data |= _proof(source, work.path)
     except OSError as error:
         again = _again(work, shards) or "correct this and run again: OUT is untouched"
         where = str(error.filename or out)
@@ -356,6 +353,14 @@ def convert_checkpoint(
     except KeyboardInterrupt:
         raise KeyboardInterrupt(_again(work, shards) or "OUT is as it was before: run the same command again") from None
     return report
+
+
+def _proof(in_dir: Path, out_dir: Path) -> dict[str, Any]:
+    """Prove a result against its source.  Returns what a report says of it."""
+    from .verifier import verify_conversion
+
+    result = verify_conversion(in_dir, out_dir)
+    return {"verified": {"tensors": result.tensors, "elements": result.elements}}
 
 
 def _again(work: Staging | None, shards: list[_Shard]) -> str:

@@ -23,6 +23,16 @@ def write_json(path: Path, value: Any) -> None:
         os.fsync(stream.fileno())
 
 
+def replace_json(path: Path, value: Any) -> None:
+    """Write a JSON file that others read meanwhile: they find the old one or the new one, whole."""
+    new = path.with_name(f".{path.name[:200]}.{os.getpid()}.new")
+    try:
+        write_json(new, value)
+        os.replace(new, path)
+    finally:
+        new.unlink(missing_ok=True)
+
+
 def is_spelled(path: Path, value: Any) -> bool:
     """Whether a file is exactly what `write_json` makes of `value`."""
     return path.read_bytes() == json_text(value).encode()
