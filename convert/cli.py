@@ -253,7 +253,7 @@ def _warn(lines: Sequence[str], skipped: dict[str, str]) -> None:
 @click.option("--workers", type=click.IntRange(1, 64), default=None, help="Threads that write files.")
 @click.option("--resume", is_flag=True, help="Continue a run that was killed; the result is the same.")
 @click.option("--shard-size", type=ByteSize(), default=None, help="Data per file; default: as in IN, at most 5GB.")
-@click.option("--no-hash", is_flag=True, help="Do not record SHA-256 digests.")
+@click.option("--no-hash", is_flag=True, help="Do not record digests.")
 def convert_command(
     in_dir: str,
     out_dir: str,

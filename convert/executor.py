@@ -1,8 +1,9 @@
 """Carries out a plan: writes the files of OUT in a directory beside it, which becomes OUT when everything is on disk.
 
-Each worker is a thread that writes one file at a time: the kernel moves the bytes (`convert.copying`), Python looks at codes as
-they pass and computes scales (`convert.values`).  Peak memory: two pieces of `copying.PIECE` for each worker, and the small
-tensors that are computed.
+Each worker is a thread that prepares one file at a time: it reads ranges, looks at codes as they pass, takes their digests and
+computes scales (`convert.values`); other threads write (`convert.copying`) and take the digests of the files of IN.  NumPy, the
+hashes and the kernel let go of the interpreter's lock while they work.  Peak memory: `copying.DEPTH` buffers for each worker,
+and the small tensors that are computed.
 """
 
 from __future__ import annotations
@@ -13,15 +14,15 @@ import os
 import shutil
 import threading
 from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from runtime.format import CONFIG_FILE, INDEX_FILE, REPORT_FILE
 
-from .copying import Flusher, Sources, Target, can_clone, changed
-from .digests import file_digest, range_digests
+from .copying import Look, Sources, Target, Writers, can_clone, changed
+from .digests import TensorDigest, file_digest
 from .errors import ConvertError, MachineError, Problem
 from .json_files import sealed, write_json
 from .layout import copied_ranges, data_residue
@@ -67,14 +68,6 @@ class _Shard:
     def size(self) -> int:
         """Bytes of the whole file."""
         return len(self.header) + sum(step.nbytes for step in self.steps)
-
-    def tensor_ranges(self) -> list[tuple[int, int]]:
-        """Where the header and then each tensor lie."""
-        ranges = [(0, len(self.header))]
-        for step in self.steps:
-            start = ranges[-1][1]
-            ranges.append((start, start + step.nbytes))
-        return ranges
 
 
 def _shards(plan: Plan) -> list[_Shard]:
@@ -138,37 +131,50 @@ class _Run:
     values: Values
     staging: Staging
     progress: Progress
-    flusher: Flusher
+    writers: Writers
+    hashes: bool
     stop: threading.Event = field(default_factory=threading.Event)
     noting: threading.Lock = field(default_factory=threading.Lock)
 
-    def write_shard(self, shard: _Shard) -> int:
-        """Write one file of OUT, flush it and note it in the journal.  Returns the number of zero block scales in it."""
+    def write_shard(self, shard: _Shard) -> None:
+        """Write one file of OUT, flush it, and note it in the journal with its digests and the number of zero block scales."""
         done = self.staging.done.get(shard.name)
         if done is not None and done["size"] == shard.size:
             self.progress(shard.size - len(shard.header))
-            return int(done["zeros"])
-        target = Target(self.staging.path / shard.name, self.sources, self.progress, self.stop, self.flusher)
+            return
+        zeros = 0
+        digests: dict[str, str] = {}
+        target = Target(self.staging.path / shard.name, self.sources, self.progress, self.stop, self.writers)
         try:
             target.write(shard.header)
-            zeros = sum(self._write_step(step, target) for step in shard.steps)
+            for step in shard.steps:
+                digest = TensorDigest() if self.hashes else None
+                zeros += self._write_step(step, target, digest)
+                if digest is not None:
+                    digests[step.name] = digest.hexdigest()
             target.finish()
         finally:
             target.close()
+        facts = {
+            "header_sha256": hashlib.sha256(shard.header).hexdigest() if self.hashes else None,
+            "tensors_blake3": digests if self.hashes else None,
+        }
         with self.noting:
-            self.staging.completed(shard.name, zeros=zeros)
-        return zeros
+            self.staging.completed(shard.name, zeros=zeros, digests=facts)
 
-    def _write_step(self, step: Step, target: Target) -> int:
+    def _write_step(self, step: Step, target: Target, digest: TensorDigest | None) -> int:
         tensors = self.plan.source.tensors
         codes = Codes(step, tensors, self.sources) if step.check in STREAMED_CHECKS else None
         ranges = copied_ranges(step, tensors)
         if ranges is None:
             for data in self.values.computed(step, codes):
+                if digest is not None:
+                    digest.update(data)
                 target.write(data)
         else:
+            look = _all_of(codes.look if codes else None, digest.update if digest else None)
             for file, start, end in ranges:
-                target.copy(file, start, end, codes.look if codes else None)
+                target.copy(file, start, end, look)
         return codes.zeros if codes else 0
 
     def copy_side_files(self) -> None:
@@ -185,7 +191,7 @@ class _Run:
         for adapter in self.plan.adapters:
             folder = self.staging.path / adapter.directory
             folder.mkdir(parents=True, exist_ok=True)
-            target = Target(folder / ADAPTER_WEIGHTS, self.sources, lambda _: None, self.stop)
+            target = Target(folder / ADAPTER_WEIGHTS, self.sources, lambda _: None, self.stop, self.writers)
             try:
                 target.write(header_bytes((name, i.dtype, i.shape, i.end - i.start) for name, i in adapter.tensors))
                 for _, info in adapter.tensors:
@@ -206,47 +212,43 @@ class _Run:
         write_json(self.staging.path / CONFIG_FILE, plan.config.to_json())
 
 
-def _shard_digests(path: Path, shard: _Shard) -> dict[str, Any]:
-    """SHA-256 of a file's header, and of each of its tensors."""
-    header, *tensors = range_digests(path, shard.tensor_ranges())
-    return {"header_sha256": header, "tensors": dict(zip((s.name for s in shard.steps), tensors, strict=True))}
+def _all_of(*looks: Look | None) -> Look | None:
+    """One `Look` that shows each piece to all that are not None; None when all are."""
+    given = [look for look in looks if look is not None]
+
+    def look_at(piece: memoryview) -> None:
+        for look in given:
+            look(piece)
+
+    return look_at if len(given) > 1 else given[0] if given else None
 
 
-def _execute(
-    run: _Run, shards: list[_Shard], workers: int, hashes: bool, digest: str, before: Mapping[str, Identity]
-) -> Report:
+def _execute(run: _Run, shards: list[_Shard], workers: int, digest: str, before: Mapping[str, Identity]) -> Report:
     """Write everything into the staging directory: tensors, side files, adapters, index, config, and the report at last."""
     plan, source, folder = run.plan, run.plan.source, run.staging.path
     pool, hasher = ThreadPoolExecutor(workers), ThreadPoolExecutor(workers)
-    hashed: dict[str, Future[dict[str, Any]]] = {}
     try:
         zeros = run.values.check(plan)
-
-        def write(shard: _Shard) -> int:
-            found = run.write_shard(shard)
-            if hashes and not run.stop.is_set():
-                hashed[shard.name] = hasher.submit(_shard_digests, folder / shard.name, shard)
-            return found
-
-        written = [pool.submit(write, shard) for shard in shards]
-        inputs = {f.name: hasher.submit(file_digest, f.path) for f in source.files.values()} if hashes else {}
+        inputs = {f.name: hasher.submit(file_digest, f.path, run.stop) for f in source.files.values()} if run.hashes else {}
+        written = [pool.submit(run.write_shard, shard) for shard in shards]
         done, _ = wait(written, return_when=FIRST_EXCEPTION)
-        zeros += sum(future.result() for future in done)
+        for future in done:
+            future.result()
         run.copy_side_files()
         others = run.write_adapters()
         run.write_metadata()
         others += [INDEX_FILE, CONFIG_FILE, *sorted(source.side_files)]
-        report = Report(_report(plan, zeros))
+        notes = [run.staging.done[shard.name] for shard in shards]
+        report = Report(_report(plan, zeros + sum(note["zeros"] for note in notes)))
         report.data["plan_sha256"] = digest
         report.data["sources"] = [
-            {"file": n, "size": f.identity[0], "sha256": inputs[n].result() if hashes else None}
+            {"file": n, "size": f.identity[0], "sha256": inputs[n].result() if run.hashes else None}
             for n, f in source.files.items()
         ]
-        nothing = {"header_sha256": None, "tensors": None}
         report.data["outputs"] = [
-            {"file": s.name, "size": s.size, **(hashed[s.name].result() if hashes else nothing)} for s in shards
+            {"file": note["file"], "size": note["size"], **note["digests"]} for note in notes
         ] + [
-            {"file": n, "size": (folder / n).stat().st_size, "sha256": file_digest(folder / n) if hashes else None}
+            {"file": n, "size": (folder / n).stat().st_size, "sha256": file_digest(folder / n) if run.hashes else None}
             for n in others
         ]
     except BaseException:
@@ -308,7 +310,7 @@ def convert_checkpoint(
                 earlier run completed are kept.  Starts from the beginning when there is nothing to continue, and does
                 nothing when `out_dir` is complete already
     verify      prove the result against the source before `out_dir` appears
-    hashes      record SHA-256 of every source and output file
+    hashes      record digests: SHA-256 of every file of IN, and of OUT what `verify_digests` checks
     progress    called with (bytes written, total bytes) as the work goes on, from worker threads
 
     Returns the report.  Raises `ConvertError` when the checkpoint is refused, `UsageError` for paths that cannot be used,
@@ -338,12 +340,12 @@ def convert_checkpoint(
                 progress(written, plan.total_bytes)
 
     work: Staging | None = None
-    identity = {"plan": digest, "in": {name: list(known) for name, known in before.items()}}
+    identity = {"plan": digest, "in": {name: list(known) for name, known in before.items()}, "hashes": hashes}
     try:
-        with staged(out, identity, resume) as work, Sources(plan.source.files) as sources, Flusher() as flusher:
+        with staged(out, identity, resume) as work, Sources(plan.source.files) as sources, Writers() as writers:
             _check_space(work, plan, shards, sources)
-            run = _Run(plan, sources, Values(plan, sources), work, advance, flusher)
-            report = _execute(run, shards, workers or default_workers(), hashes, digest, before)
+            run = _Run(plan, sources, Values(plan, sources), work, advance, writers, hashes)
+            report = _execute(run, shards, workers or default_workers(), digest, before)
             if verify:
                 report.data |= _proof(source, work.path)
     except OSError as error:

@@ -8,15 +8,16 @@ compared exactly once, and every tensor of IN used or listed as dropped.  Only `
 
 from __future__ import annotations
 
+import hashlib
 import json
 import mmap
 import os
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,7 +26,7 @@ from runtime.format import CONFIG_FILE, INDEX_FILE, REPORT_FILE, CanonicalConfig
 
 from .adapters import DIRECTORY, Adapter, without_marks
 from .canonical import Canonical, file_inside, malformed, open_canonical, read_report
-from .digests import file_digest, range_digests
+from .digests import Digest, TensorDigest, file_digest, range_digests
 from .errors import ConvertError, Problem
 from .families.base import Parameter, Placed, joined_names
 from .json_files import is_sealed, is_spelled
@@ -511,31 +512,40 @@ def verify_digests(out_dir: str | os.PathLike[str]) -> int:
                 problems.append(Problem(name, "", "a recorded digest", "none", "verify against the source instead"))
             elif file_inside(directory, name) is None:
                 problems.append(Problem(name, "", "a file of the conversion", "none", "convert again"))
-        checks = [] if problems else [check for entry in recorded.values() for check in _recorded_ranges(out, entry)]
+        checks = [] if problems else [check for entry in recorded.values() for check in _recorded_digests(out, entry)]
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-        found = pool.map(lambda check: range_digests(directory / check[0], [check[2]])[0], checks)
-        for (file, tensor, _, expected), digest in zip(checks, found, strict=True):
-            if digest != expected:
-                problems.append(Problem(file, tensor, f"SHA-256 {expected}", digest, CHANGED))
+        found = pool.map(lambda check: range_digests(directory / check.file, [check.span], check.new)[0], checks)
+        for check, digest in zip(checks, found, strict=True):
+            if digest != check.expected:
+                name = "BLAKE3" if check.new is TensorDigest else "SHA-256"
+                problems.append(Problem(check.file, check.tensor, f"{name} {check.expected}", digest, CHANGED))
     if problems:
         raise ConvertError(problems)
     return len(recorded)
 
 
-Check = tuple[str, str, tuple[int, int], str]  # file, tensor, range, digest
+class _Recorded(NamedTuple):
+    """A digest in the report: of a file, or of the header or a tensor in it."""
+
+    file: str
+    tensor: str
+    span: tuple[int, int]
+    expected: str
+    new: Callable[[], Digest] = hashlib.sha256
 
 
-def _recorded_ranges(out: Canonical, entry: dict[str, Any]) -> list[Check]:
+def _recorded_digests(out: Canonical, entry: dict[str, Any]) -> list[_Recorded]:
     """What to check of one file: the whole, or its header and each tensor."""
     file, size = entry["file"], (out.directory / entry["file"]).stat().st_size
     if size != entry["size"]:
         raise ConvertError(Problem(file, "", f"{entry['size']} bytes", f"{size}", CHANGED))
-    if "tensors" not in entry:
-        return [(file, "", (0, size), entry["sha256"])]
+    if "tensors_blake3" not in entry:
+        return [_Recorded(file, "", (0, size), entry["sha256"])]
+    digests = entry["tensors_blake3"]
     infos = {info.name: info for info in out.tensors.values() if info.file == file}
-    if infos.keys() != entry["tensors"].keys():
-        different = sorted(infos.keys() ^ entry["tensors"].keys())
+    if infos.keys() != digests.keys():
+        different = sorted(infos.keys() ^ digests.keys())
         raise ConvertError(Problem(file, different[0], "the tensors of the conversion", "others", CHANGED))
     start = min(info.start for info in infos.values())
-    checks = [(file, "", (0, start), entry["header_sha256"])]
-    return checks + [(file, n, (infos[n].start, infos[n].end), digest) for n, digest in entry["tensors"].items()]
+    header = _Recorded(file, "", (0, start), entry["header_sha256"])
+    return [header, *(_Recorded(file, n, (infos[n].start, infos[n].end), d, TensorDigest) for n, d in digests.items())]

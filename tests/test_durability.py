@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import random
 import shutil
@@ -20,7 +21,7 @@ from build import Built, build, read_json
 from conftest import ROOT, Ran
 
 import convert
-from convert import copying, staging
+from convert import copying, layout, staging
 
 Cli = Callable[..., Ran]
 KILLS = 30
@@ -436,7 +437,7 @@ def test_order_of_writes_and_syncs(source: Built, tmp_path: Path, monkeypatch: p
     record("rename", lambda a, b: f"{Path(a).name} -> {Path(b).name}")
     report = convert.convert_checkpoint(source.directory, tmp_path / "out", shard_size=40_000, workers=1)
     at = {event: [i for i, e in enumerate(events) if e == event] for event in events}
-    shards = [o["file"] for o in report.outputs if "tensors" in o]
+    shards = [o["file"] for o in report.outputs if "tensors_blake3" in o]
     assert len(shards) > 3
     (renamed,) = at["rename", f"{partial.name} -> out"]
     for shard in shards:
@@ -447,7 +448,7 @@ def test_order_of_writes_and_syncs(source: Built, tmp_path: Path, monkeypatch: p
         assert last_write < flushed < noted
         assert any(flushed < i < noted for i in at["fsync", partial.name])  # the directory entry
         assert any(noted < i for i in at["fsync", journal.name])
-    others = [o["file"] for o in report.outputs if "tensors" not in o]
+    others = [o["file"] for o in report.outputs if "tensors_blake3" not in o]
     for name in (*others, "conversion.json"):
         assert max(at["fsync", f"{partial.name}/{name}"]) < renamed, name
     ends = [max(at["fsync", f"{partial.name}/{n}"]) for n in (shards[-1], "config.json", "conversion.json")]
@@ -472,37 +473,80 @@ def test_replacing_that_was_killed(source: Built, clean: dict[str, bytes], cli: 
 def clone_by_copying(source: int, target: int, start: int, at: int, count: int) -> bool:
     """FICLONERANGE on a file system without it: refuses what the kernel would refuse."""
     assert start % 4096 == at % 4096 == count % 4096 == 0
-    os.pwrite(target, os.pread(source, count, start), at)
+    with open(f"/proc/self/fd/{target}", "r+b") as stream:  # a descriptor without O_DIRECT
+        stream.seek(at)
+        stream.write(os.pread(source, count, start))
     return True
 
 
-def no_kernel_copy(*_: object) -> int:
-    raise OSError(errno.EXDEV, "Invalid cross-device link")
+def refused(*_: object, **__: object) -> int:
+    raise OSError(errno.EINVAL, "Invalid argument")
 
 
-@pytest.mark.parametrize("way", ["clone", "kernel", "kernel-short", "by-hand"])
+@pytest.mark.parametrize("way", ["clone", "server", "server-short", "server-refuses", "buffers", "cached", "direct-refused"])
 def test_every_way_of_copying_gives_the_same_bytes(way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Cloned, copied by the kernel (perhaps in small parts), or read and written: OUT is the same."""
-    monkeypatch.setattr(copying, "LARGE", 512)
-    monkeypatch.setattr("convert.layout.LARGE", 512)
+    """Cloned, copied by a server (perhaps in small parts), or read and written, past the page cache or not: OUT is the same."""
+    for module in (copying, layout):
+        monkeypatch.setattr(module, "LARGE", 512)
+    monkeypatch.setattr(copying, "BUFFER", 8192)
+    monkeypatch.setattr(copying, "PIECE", 1000)
+    monkeypatch.setattr(copying, "FLUSH_EVERY", 20_000)
     built = build(tmp_path / "in", family="qwen3", dialect="fp8", scheme="block")
-    cloned: list[int] = []
+    taken: list[int] = []
+    pwrite, copy, create = os.pwrite, getattr(os, "copy_file_range", None), os.open
+
+    def by_server(source: int, target: int, count: int, *at: int) -> int:
+        assert copy is not None
+        taken.append(copy(source, target, min(count, 700) if way == "server-short" else count, *at))
+        return taken[-1]
+
+    def open_cached(path: Any, flags: int, *rest: Any, **more: Any) -> int:
+        return refused() if flags & copying.DIRECT else create(path, flags, *rest, **more)
+
+    def write_cached(descriptor: int, data: memoryview, at: int) -> int:
+        direct = fcntl.fcntl(descriptor, fcntl.F_GETFL) & copying.DIRECT
+        taken.append(len(data) if direct else 0)
+        return refused() if direct else pwrite(descriptor, data, at)
+
     if way == "clone":
-        monkeypatch.setattr(copying, "BLOCK", 4096)
-        monkeypatch.setattr(
-            copying, "try_clone", lambda *args: cloned.append(args[4]) or clone_by_copying(*args)
-        )
-    elif way == "kernel-short":
-        copy = os.copy_file_range
-        monkeypatch.setattr(os, "copy_file_range", lambda a, b, count, *rest: copy(a, b, min(count, 700), *rest))
-    elif way == "by-hand":
-        monkeypatch.setattr(os, "copy_file_range", no_kernel_copy)
+        monkeypatch.setattr(copying, "try_clone", lambda *args: taken.append(args[4]) or clone_by_copying(*args))
+    elif way.startswith("server"):
+        monkeypatch.setattr(copying, "on_network", lambda _: True)
+        monkeypatch.setattr(os, "copy_file_range", refused if way == "server-refuses" else by_server)
+    elif way == "cached":
+        monkeypatch.setattr(os, "open", open_cached)
+    elif way == "direct-refused":
+        monkeypatch.setattr(os, "pwrite", write_cached)
     convert.convert_checkpoint(built.directory, tmp_path / "out")
     monkeypatch.undo()
     convert.verify_conversion(built.directory, tmp_path / "out")
     convert.verify_digests(tmp_path / "out")
     total = sum(len(t.data) for t in built.canonical.values())
-    assert sum(cloned) > total // 3 if way == "clone" else not cloned
+    assert sum(taken) > total // 3 or way not in ("clone", "server", "server-short")
+    assert max(taken, default=700) == 700 or way != "server-short"
+
+
+def test_page_cache_is_left_alone(source: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the file system has O_DIRECT, only what follows a file's last whole block goes through the page cache."""
+    probe = tmp_path / "probe"
+    try:
+        assert copying.DIRECT, "not on Linux"
+        os.close(os.open(probe, os.O_WRONLY | os.O_CREAT | copying.DIRECT))
+    except (AssertionError, OSError):
+        pytest.skip("the file system of the temporary files has no O_DIRECT")
+    pwrite = os.pwrite
+    cached: list[int] = []
+
+    def record(descriptor: int, data: memoryview, at: int) -> int:
+        if not fcntl.fcntl(descriptor, fcntl.F_GETFL) & copying.DIRECT:
+            cached.append(len(data))
+        return pwrite(descriptor, data, at)
+
+    monkeypatch.setattr(os, "pwrite", record)
+    convert.convert_checkpoint(source.directory, tmp_path / "out", shard_size=40_000)
+    shards = list((tmp_path / "out").glob("*.safetensors"))
+    assert max(cached) < copying.BLOCK
+    assert sorted(cached) == sorted(s.stat().st_size % copying.BLOCK for s in shards if s.stat().st_size % copying.BLOCK)
 
 
 def test_lock_goes_with_its_process(tmp_path: Path) -> None:
