@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from runtime.models.base import CausalLM
-from runtime.sampling import Sampling
+from runtime.sampling import Picked, Sampling, with_likelihoods
 from runtime.state import State
+from runtime.steps import give_back, kind_of, take
 
 PREFILL_TOKENS = 2048  # tokens of all sequences that go through the model in one call
 
@@ -69,7 +70,8 @@ class Decoding:
 
     `prompts`: int64 `[T]` each, of any lengths.  `max_new_tokens`: for all, or one per sequence.  `eos_ids`: a sequence
     ends after one of these.  `seeds`: one per sequence; by default `sampling.seeds`.  `logprobs`: None for none, 0 for
-    those of the tokens drawn, n for the n most likely ones too.
+    those of the tokens drawn, n for the n most likely ones too.  `fixed`: draw by `runtime.steps`, which costs nothing but
+    the model on a GPU and more than the other way on a CPU; None: on CUDA.  Both ways draw the same tokens.
 
     Raises `ValueError` for arguments out of range.  The state is allocated once, when iteration starts.
     """
@@ -83,6 +85,7 @@ class Decoding:
         eos_ids: Collection[int] = (),
         seeds: Sequence[int | None] | None = None,
         logprobs: int | None = None,
+        fixed: bool | None = None,
     ) -> None:
         limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else list(max_new_tokens)
         architecture = model.architecture
@@ -97,19 +100,20 @@ class Decoding:
         positions = architecture.max_position_embeddings or sys.maxsize
         self.model = model
         self.sampling = sampling
-        self._prompts = prompts
+        self.prompts = prompts
+        self.logprobs = logprobs
+        self.eos_ids = frozenset(eos_ids)
+        self.chances = [random.Random(seed) for seed in seeds or sampling.seeds(len(prompts))]
         self._left = [min(limit, positions - len(prompt)) for prompt, limit in zip(prompts, limits, strict=True)]
-        self._longest = max(len(prompt) + left for prompt, left in zip(prompts, self._left, strict=True))
-        self._eos_ids = frozenset(eos_ids)
-        self._chances = [random.Random(seed) for seed in seeds or sampling.seeds(len(prompts))]
-        self._logprobs = logprobs
-        self._last = [0] * len(prompts)
-        self._state: State | None = None
-        self._seen: Tensor | None = None  # (B, V)
+        self.longest = max(len(prompt) + left for prompt, left in zip(prompts, self._left, strict=True))
+        self._fixed = model.device.type == "cuda" if fixed is None else fixed
+        self._source: _Eager | _Fixed | None = None
 
     def end(self, row: int) -> None:
         """Sequence `row` is not continued any further."""
         self._left[row] = 0
+        if self._source is not None:
+            self._source.end(row)
 
     def __iter__(self) -> Iterator[tuple[Drawn | None, ...]]:
         return self
@@ -117,30 +121,76 @@ class Decoding:
     def __next__(self) -> tuple[Drawn | None, ...]:
         running = [left > 0 for left in self._left]
         if not any(running):
+            if isinstance(self._source, _Fixed):
+                give_back(self._source.steps)
             raise StopIteration
-        if self._state is None:
-            self._state = self.model.new_state(len(running), self._longest)
-            self._seen = self._tokens_of_prompts() if self.sampling.penalizes else None
-            logits = self.model.logits(prefill(self.model, self._prompts, self._state))
-        else:
-            counts = [int(row) for row in running]
-            inputs = torch.tensor(self._last).unsqueeze(1)
-            logits = self.model(inputs, self._state, counts=counts)[:, 0]
-        tokens = self.sampling.choose(logits, self._chances, self._seen)
-        tokens = [token if alive else 0 for token, alive in zip(tokens, running, strict=True)]
-        if self._seen is not None:
-            self._seen[torch.arange(len(tokens)), tokens] = True
-        self._last = tokens
-        drawn = with_logprobs(tokens, logits, self._logprobs)
-        for row, token in enumerate(tokens):
-            self._left[row] = max(self._left[row] - 1, 0) if token not in self._eos_ids else 0
+        if self._source is None:
+            seen = self._tokens_of_prompts() if self.sampling.penalizes else None
+            self._source = (_Fixed if self._fixed else _Eager)(self, seen)
+        drawn = self._source.draw(self, self._left)
+        for row, one in enumerate(drawn):
+            self._left[row] = max(self._left[row] - 1, 0) if one.token not in self.eos_ids else 0
         return tuple(one if alive else None for one, alive in zip(drawn, running, strict=True))
 
     def _tokens_of_prompts(self) -> Tensor:
-        seen = torch.zeros(len(self._prompts), self.model.architecture.vocab_size, dtype=torch.bool, device=self.model.device)
-        for row, prompt in enumerate(self._prompts):
+        seen = torch.zeros(len(self.prompts), self.model.architecture.vocab_size, dtype=torch.bool, device=self.model.device)
+        for row, prompt in enumerate(self.prompts):
             seen[row, prompt.to(seen.device)] = True
         return seen
+
+
+class _Eager:
+    """Each step by itself: what it depends on is known before it starts."""
+
+    def __init__(self, decoding: Decoding, seen: Tensor | None) -> None:
+        self._seen = seen  # (B, V)
+        self._state: State | None = None
+        self._last = [0] * len(decoding.prompts)
+
+    def draw(self, of: Decoding, left: Sequence[int]) -> list[Drawn]:
+        """The next token of each sequence.  `left`: how many each may still get."""
+        if self._state is None:
+            self._state = of.model.new_state(len(left), of.longest)
+            logits = of.model.logits(prefill(of.model, of.prompts, self._state))
+        else:
+            counts = [min(more, 1) for more in left]
+            logits = of.model(torch.tensor(self._last).unsqueeze(1), self._state, counts=counts)[:, 0]
+        tokens = of.sampling.choose(logits, of.chances, self._seen)
+        self._last = [token if more else 0 for token, more in zip(tokens, left, strict=True)]
+        if self._seen is not None:
+            self._seen[torch.arange(len(tokens)), self._last] = True
+        return with_logprobs(self._last, logits, of.logprobs)
+
+    def end(self, row: int) -> None:
+        """Nothing to do: `draw` is told."""
+
+
+class _Fixed:
+    """By `Steps`: while results of a step are read, the next one runs."""
+
+    def __init__(self, decoding: Decoding, seen: Tensor | None) -> None:
+        self._seen = seen
+        self._begun = False
+        kind = kind_of(len(decoding.prompts), decoding.sampling, decoding.eos_ids, decoding.logprobs)
+        self.steps = take(decoding.model, kind, decoding.longest, self)
+
+    def draw(self, of: Decoding, left: Sequence[int]) -> list[Drawn]:
+        """The next token of each sequence.  `left`: how many each may still get."""
+        steps = self.steps
+        if not self._begun:
+            self._begun = True
+            steps.begin(left, of.chances, self._seen)
+            prompts = steps.state.first(len(left))
+            steps.choose(of.model.logits(prefill(of.model, of.prompts, prompts)), prompts.lengths)
+        elif steps.ahead == 0:
+            steps.start()
+        if steps.ready and any(more > 1 for more in left):  # the first tokens do not wait for a graph to be recorded
+            steps.start()
+        return drawn_of(steps.receive())[: len(left)]
+
+    def end(self, row: int) -> None:
+        """No more tokens of a sequence."""
+        self.steps.end(row)
 
 
 def check_prompt(ids: Sequence[int], vocabulary: int, positions: int | None) -> None:
@@ -177,10 +227,15 @@ def with_logprobs(tokens: Sequence[int], logits: Tensor, count: int | None) -> l
 
     `logits`: float32, one row `[V]` for each token.
     """
-    if count is None:
+    return drawn_of(with_likelihoods(torch.tensor(tokens, device=logits.device), logits, count))
+
+
+def drawn_of(picked: Picked) -> list[Drawn]:
+    """One `Drawn` per row."""
+    tokens = picked.tokens.tolist()
+    if picked.logprobs is None or picked.top_ids is None or picked.top_logprobs is None:
         return [Drawn(token) for token in tokens]
-    logprobs = logits.log_softmax(-1)
-    own = logprobs.gather(-1, torch.tensor(tokens, device=logits.device).unsqueeze(-1)).squeeze(-1).tolist()
-    best, ids = logprobs.topk(min(count, logprobs.shape[-1]), -1)
-    tops = [tuple(zip(*row, strict=True)) for row in zip(ids.tolist(), best.tolist(), strict=True)]
-    return [Drawn(*row) for row in zip(tokens, own, tops, strict=True)]
+    tops = [
+        tuple(zip(*row, strict=True)) for row in zip(picked.top_ids.tolist(), picked.top_logprobs.tolist(), strict=True)
+    ]
+    return [Drawn(*row) for row in zip(tokens, picked.logprobs.tolist(), tops, strict=True)]

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from runtime.layers import Linear
+from runtime.fixed import in_fixed_step
+from runtime.layers import Linear, QuantizedLinear
 
 if TYPE_CHECKING:
     from runtime.builder import LayerBuilder
@@ -38,6 +39,16 @@ class ExpertLinears(nn.Module):
             self._experts[index] = layer
         return self._experts[index]
 
+    def gathered(self, index: Tensor) -> Linear:
+        """One of the linears, int64 `[1]`: a copy, for which nothing is read from the device.  Made anew each time."""
+        layer = self._make()
+        for name, stack in self.named_parameters():
+            codes = stack.view(torch.uint8) if stack.dtype == torch.float8_e4m3fn else stack  # not indexed on every device
+            setattr(layer, name, nn.Parameter(codes.index_select(0, index)[0].view(stack.dtype), requires_grad=False))
+        if isinstance(layer, QuantizedLinear):
+            layer.without_reading()
+        return layer
+
 
 @dataclass(frozen=True)
 class ExpertProjections:
@@ -51,6 +62,12 @@ class ExpertProjections:
         if len(self.stacks) == 1:
             return self.stacks[0].expert(expert)(x).split(self.sizes, -1)
         return tuple(stack.expert(expert)(x) for stack in self.stacks)
+
+    def gathered(self, expert: Tensor, x: Tensor) -> tuple[Tensor, ...]:
+        """The same for an expert that only the device knows, int64 `[1]`."""
+        if len(self.stacks) == 1:
+            return self.stacks[0].gathered(expert)(x).split(self.sizes, -1)
+        return tuple(stack.gathered(expert)(x) for stack in self.stacks)
 
 
 class Experts(nn.Module):
@@ -80,6 +97,8 @@ class Experts(nn.Module):
 
         Experts run one after another on the tokens that chose them; sums are in float32.
         """
+        if in_fixed_step():
+            return self._slot_by_slot(x, chosen, weights)
         order = chosen.flatten().argsort(stable=True)
         tokens, share = order // chosen.shape[1], weights.flatten()[order].float()
         y = torch.zeros(x.shape, device=x.device, dtype=torch.float32)
@@ -90,4 +109,14 @@ class Experts(nn.Module):
                 out = self.down_proj.expert(expert)(self.activation(*self.first(expert, x[tokens[rows]])))
                 y.index_add_(0, tokens[rows], out.float() * share[rows].unsqueeze(-1))
                 start += count
+        return y.to(x.dtype)
+
+    def _slot_by_slot(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+        """The same where the host must not learn who chose whom: T * k experts in turn, copied out of their stacks."""
+        y = torch.zeros(x.shape, device=x.device, dtype=torch.float32)
+        for token in range(len(x)):
+            for slot in range(chosen.shape[1]):
+                expert = chosen[token, slot : slot + 1]
+                inner = self.activation(*self.first.gathered(expert, x[token : token + 1]))
+                y[token] += self.down_proj.gathered(expert)(inner)[0].float() * weights[token, slot].float()
         return y.to(x.dtype)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate
 from typing import Any, ClassVar
 
 import torch
@@ -169,6 +170,15 @@ class QuantizedLinear(Linear):
                 runs.append((self.input_scale[p], start, start + rows))
             start += rows
         return runs
+
+    def without_reading(self) -> None:
+        """Make this layer one that never reads values: each partition's input is quantised for itself, and by no kernel."""
+        stops = list(accumulate(self.partition_rows))
+        self._few_tokens = None
+        if "input_scale" in self._parameters:
+            self._input_scales = [
+                (self.input_scale[p], stop - rows, stop) for p, (rows, stop) in enumerate(zip(self.partition_rows, stops))
+            ]
 
     def extra_repr(self) -> str:
         """Scheme, shape, partitions and activations, for `print(model)`."""

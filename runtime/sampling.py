@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -68,9 +68,20 @@ class Sampling:
         call, so that a draw depends neither on the device nor on what else is in the batch; at temperature 0 none.
         `seen`: bool `[B, V]`, the tokens that each sequence has; needed where `penalizes`.
         """
+        numbers = None
+        if self.temperature > 0:
+            numbers = torch.tensor([chance.random() for chance in chances], dtype=torch.float64, device=logits.device)
+        return self.pick(logits, numbers, seen).tolist()
+
+    def pick(self, logits: Tensor, numbers: Tensor | None, seen: Tensor | None = None) -> Tensor:
+        """As `choose`, but the tokens stay on the device, int64 `[B]`, and nothing is read from it.
+
+        `numbers`: float64 `[B]` on the device, what the `chances` would give; None at temperature 0.
+        """
         if self.temperature == 0:
-            return self._penalized(logits, seen).argmax(-1).tolist()
-        return draw(self.probabilities(logits, seen), [chance.random() for chance in chances])
+            return self._penalized(logits, seen).argmax(-1)
+        assert numbers is not None
+        return draw(self.probabilities(logits, seen), numbers)
 
     def probabilities(self, logits: Tensor, seen: Tensor | None = None) -> Tensor:
         """What is drawn from, float32 `[B, V]`, with zeros for what a filter drops; temperature above 0."""
@@ -99,14 +110,46 @@ class Sampling:
         return logits.where(~seen, torch.where(logits < 0, logits * penalty, logits / penalty))
 
 
-def draw(probabilities: Tensor, numbers: Sequence[float]) -> list[int]:
-    """One id per row by inversion.  `probabilities`: `[B, V]`, of any sum; `numbers`: uniform in [0, 1), one per row.
+@dataclass(frozen=True, slots=True)
+class Picked:
+    """Tokens, int64 `[B]`, and where asked for their log-probabilities, float32 `[B]`, and the most likely tokens: ids and
+    log-probabilities, `[B, n]`, best first."""
 
-    An id of probability 0 is never drawn.
+    tokens: Tensor
+    logprobs: Tensor | None = None
+    top_ids: Tensor | None = None
+    top_logprobs: Tensor | None = None
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Those that there are."""
+        return tuple(t for t in (self.tokens, self.logprobs, self.top_ids, self.top_logprobs) if t is not None)
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Picked:
+        """The same of other tensors."""
+        return Picked(*map(function, self.tensors))
+
+
+def with_likelihoods(tokens: Tensor, logits: Tensor, count: int | None) -> Picked:
+    """`tokens` with their log-probabilities and those of the `count` most likely ones; with nothing for None.
+
+    `logits`: float32 `[B, V]`.  Natural logarithms.  Nothing is read from the device.
+    """
+    if count is None:
+        return Picked(tokens)
+    logprobs = logits.log_softmax(-1)
+    own = logprobs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+    best, ids = logprobs.topk(min(count, logprobs.shape[-1]), -1)
+    return Picked(tokens, own, ids, best)
+
+
+def draw(probabilities: Tensor, numbers: Tensor) -> Tensor:
+    """One id per row by inversion, int64 `[B]`.  `probabilities`: `[B, V]`, of any sum; `numbers`: float64 `[B]` in [0, 1).
+
+    An id of probability 0 is never drawn.  Nothing is read from the device.
     """
     total = probabilities.double().cumsum(-1)
     # The first id whose running sum is above the number; the number stays below the last sum despite rounding.
     end = total[:, -1:].contiguous()
-    at = torch.tensor(numbers, dtype=torch.float64, device=total.device).unsqueeze(-1) * end
-    at = at.minimum(end.nextafter(torch.zeros_like(end)))
-    return torch.searchsorted(total, at, right=True).clamp(max=total.shape[-1] - 1).squeeze(-1).tolist()  # NaN: past the end
+    at = (numbers.unsqueeze(-1) * end).minimum(end.nextafter(torch.zeros_like(end)))
+    return torch.searchsorted(total, at, right=True).clamp(max=total.shape[-1] - 1).squeeze(-1)  # NaN: past the end

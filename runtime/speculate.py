@@ -149,7 +149,8 @@ def verify(
 
 def _draw(weights: Tensor, chance: random.Random) -> int:
     """One index, drawn in proportion to `[V]`."""
-    return draw(weights.unsqueeze(0), [chance.random()])[0]
+    number = torch.tensor([chance.random()], dtype=torch.float64, device=weights.device)
+    return int(draw(weights.unsqueeze(0), number))
 
 
 class Guesser:

@@ -8,9 +8,10 @@ S tokens that a cache can hold, D head size, Nq / Nkv query and KV heads, W widt
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Protocol
+from dataclasses import dataclass, field, replace
+from typing import Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -44,6 +45,8 @@ class Tokens:
     real        bool `[B, T]`, or None when all are
     reversible  whether some of these tokens may be taken back
     turns       kind of layer -> cosine and sine, `[B, 1, T, rotary_dim / 2]` or broadcast over B
+    fixed       one token per sequence, and the host knows nothing of them: `starts` and `counts` are empty, `real` is there,
+                and what is computed may depend on the places in its values only, never in its shapes
     """
 
     starts: tuple[int, ...]
@@ -52,6 +55,7 @@ class Tokens:
     real: Tensor | None
     reversible: bool = False
     turns: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    fixed: bool = False
 
     @property
     def length(self) -> int:
@@ -81,14 +85,21 @@ class Cache(Protocol):
     def keep(self, counts: Sequence[int]) -> None:
         """Of the last call's tokens keep the first `counts[b]`; the others never happened."""
 
+    def clear(self) -> None:
+        """Become as good as new."""
+
 
 @dataclass
 class State:
-    """Caches of all layers, and how many tokens each sequence has.  A call updates it in place."""
+    """Caches of all layers, and how many tokens each sequence has.  A call updates it in place.
+
+    `places`: int64 `[B]` on the device, what fixed steps count in instead of `lengths`; None until `settle`.
+    """
 
     caches: list[Cache | None]  # None: a layer that remembers nothing
     size: CacheSize
     lengths: list[int]
+    places: Tensor | None = None
 
     @property
     def max_length(self) -> int:
@@ -110,6 +121,30 @@ class State:
             counts = (length,) * len(starts)
         return Tokens(starts, tuple(counts), positions, real, 0 < length <= self.size.draft + 1 and self.size.draft > 0)
 
+    def settle(self) -> None:
+        """From here on the tokens are counted on the device; `places` stays the same tensor, for graphs that hold it."""
+        lengths = torch.tensor(self.lengths)
+        if self.places is None:
+            self.places = torch.zeros(len(self.lengths), dtype=torch.int64, device=self.size.device)
+        self.places.copy_(lengths)
+
+    def place_fixed(self, real: Tensor) -> Tokens:
+        """The places of one new token per sequence, of which those of `real`, bool `[B]`, are; after `settle`."""
+        assert self.places is not None
+        return Tokens((), (), self.places.unsqueeze(-1).clone(), real.unsqueeze(-1), fixed=True)
+
+    def first(self, rows: int) -> State:
+        """The first sequences alone: what happens to them there happens here, but `lengths` are counted apart."""
+        caches = [None if cache is None else _first_rows(cache, rows) for cache in self.caches]
+        return State(caches, replace(self.size, batch=rows), self.lengths[:rows])
+
+    def clear(self) -> None:
+        """Forget all sequences.  No memory is given back or taken."""
+        self.lengths = [0] * len(self.lengths)
+        for cache in self.caches:
+            if cache is not None:
+                cache.clear()
+
     def advance(self, counts: Sequence[int]) -> None:
         """Count the tokens of a call that is over."""
         self.lengths = [length + count for length, count in zip(self.lengths, counts, strict=True)]
@@ -123,6 +158,16 @@ class State:
         for cache in self.caches:
             if cache is not None:
                 cache.keep(counts)
+
+
+C = TypeVar("C", bound=Cache)
+
+
+def _first_rows(cache: C, rows: int) -> C:
+    """A cache of the first sequences, in the same memory: the first axis of all tensors of a cache is the batch."""
+    view = copy.copy(cache)
+    vars(view).update({name: value[:rows] for name, value in vars(cache).items() if isinstance(value, Tensor)})
+    return view
 
 
 @dataclass(frozen=True)
@@ -182,6 +227,9 @@ class KVCache:
         `q` `[B, Nq, T, D]`, `k`, `v` `[B, Nkv, T, D]`; returns `[B, Nq, T, D]` in the dtype of `q`.
         """
         self._store(k, v, at, at.positions)
+        if at.fixed:
+            k, v = self._load(self.k[:, : self.spare], self.v[:, : self.spare], q.dtype)
+            return _attention(q, k, v, torch.arange(self.spare, device=q.device) <= at.positions.unsqueeze(-1))
         end = min(max(at.starts) + at.length, self.spare)
         k, v = self._load(self.k[:, :end], self.v[:, :end], q.dtype)
         if at.together and (at.length == 1 or at.starts[0] == 0):
@@ -190,6 +238,9 @@ class KVCache:
 
     def keep(self, counts: Sequence[int]) -> None:
         """Nothing to do: what lies after a sequence's end is never seen, and overwritten by what comes there."""
+
+    def clear(self) -> None:
+        """Nothing to do, for the same reason."""
 
     def _store(self, k: Tensor, v: Tensor, at: Tokens, columns: Tensor) -> None:
         """Write `[B, Nkv, T, D]` to `columns`, int64 `[B, T]`."""
@@ -228,13 +279,18 @@ class WindowCache(KVCache):
         y = _attention(q, torch.cat([old_k, new_k], 2), torch.cat([old_v, new_v], 2), mask)
 
         columns = at.positions % self.spare
-        ends = torch.tensor(at.starts, device=q.device) + torch.tensor(at.counts, device=q.device)
-        columns = columns.where(at.positions >= ends.unsqueeze(-1) - self.spare, self.spare)  # what the ring has room for
+        if not at.fixed:  # one token always has room in the ring
+            ends = torch.tensor(at.starts, device=q.device) + torch.tensor(at.counts, device=q.device)
+            columns = columns.where(at.positions >= ends.unsqueeze(-1) - self.spare, self.spare)
         self._store(k, v, at, columns)
         if at.real is not None:
             columns = columns.where(at.real, self.spare)
         self.held[self._rows, columns] = at.positions
         return y
+
+    def clear(self) -> None:
+        """No column holds a position."""
+        self.held.fill_(-1)
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool = False) -> Tensor:
@@ -258,7 +314,11 @@ class RecurrentCache:
         """Inputs of a convolution over time, `[B, T, channels]`, behind those it remembers: `[B, channels, W - 1 + T]`."""
         seen = torch.cat([self.conv, x.transpose(1, 2)], -1)
         self._inputs = seen if at.reversible else None
-        self._remember(seen, at.counts)
+        if at.fixed:
+            assert at.real is not None
+            self.conv.copy_(seen[..., 1:].where(at.real.unsqueeze(-1), self.conv))
+        else:
+            self._remember(seen, at.counts)
         return seen
 
     def scan(self, run: Callable[..., Tensor], inputs: Sequence[Tensor], at: Tokens) -> Tensor:
@@ -282,6 +342,11 @@ class RecurrentCache:
         self._remember(self._inputs, counts)
         for row, count in enumerate(counts):
             self.state[row] = self._states[count][row]
+
+    def clear(self) -> None:
+        """Nothing came before."""
+        self.conv.zero_()
+        self.state.zero_()
 
     def _remember(self, seen: Tensor, counts: Sequence[int]) -> None:
         """The `W - 1` inputs before the one that comes after `counts[b]` new ones."""

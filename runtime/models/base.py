@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from runtime.architecture import Architecture
 from runtime.builder import LayerBuilder
+from runtime.fixed import fixed_step
 from runtime.format import CONFIG_FILE, CanonicalConfig, FormatError
 from runtime.layers import Linear
 from runtime.machine import check_memory
@@ -226,6 +227,21 @@ class CausalLM(nn.Module):
         x = self.model(input_ids.to(self.device), self.model.turned(at), state.caches)
         state.advance(at.counts)
         return x
+
+    @torch.no_grad()
+    def step(self, tokens: Tensor, state: State, real: Tensor) -> Tensor:
+        """One more token of each sequence, int64 `[B]`, to float32 logits `[B, V]`, for a graph: nothing is read from the
+        device, and no shape depends on a value.
+
+        `state`: settled; its `places` advance.  `real`: bool `[B]`; tokens of the others leave no trace, and their logits mean
+        nothing.  The caller sees to it that no sequence outgrows the state.
+        """
+        at = state.place_fixed(real)
+        with fixed_step():
+            x = self.model(tokens.unsqueeze(1), self.model.turned(at), state.caches)
+            assert state.places is not None
+            state.places.add_(real)
+            return self.logits(x[:, 0])
 
     @torch.no_grad()
     def logits(self, hidden: Tensor) -> Tensor:
