@@ -64,6 +64,7 @@ def kernels(device: torch.device) -> Iterator[ModuleType]:
     for row in ROWS:
         if (
             row.generations is not None
+            and FEW in row.operations
             and choose(row.schemes[0], row.activations[0] if row.activations else None, FEW, machine(device))[0] is row
         ):
             yield importlib.import_module(row.module)

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from runtime.format import FP8_MAX
+from runtime.kernels.table import ATTEND, module_for
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,6 +191,15 @@ class KVFormat:
             return KVCache(self, size, size.max_length)
         return WindowCache(self, size, min(self.window + size.draft, size.max_length), self.window)
 
+    def kernel(self, size: CacheSize, window: int | None) -> Callable[..., Tensor] | None:
+        """What attends one token per sequence where `kernels.table` has it for the device; `window`: of a ring."""
+        module = module_for(ATTEND, "kv bf16" if self.owner is None else "kv fp8", size.device)
+        if module is None or size.dtype != torch.bfloat16:
+            return None
+        scales = () if self.owner is None else (self.owner.get_parameter("k_scale"), self.owner.get_parameter("v_scale"))
+        attend: Callable[..., Tensor] = module.prepare(window, *scales)
+        return attend
+
     @property
     def dtype(self) -> torch.dtype | None:
         """The dtype of what is kept; None: that of the arithmetic."""
@@ -220,12 +230,15 @@ class KVCache:
         self.v = torch.zeros(shape, device=size.device, dtype=dtype)
         self.spare = columns
         self._rows = torch.arange(size.batch, device=size.device).unsqueeze(-1)
+        self._one_token = kind.kernel(size, None)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, at: Tokens) -> Tensor:
         """Remember the new keys and values, and attend to all up to each query.
 
         `q` `[B, Nq, T, D]`, `k`, `v` `[B, Nkv, T, D]`; returns `[B, Nq, T, D]` in the dtype of `q`.
         """
+        if self._one_token is not None and at.length == 1:
+            return self._one_token(q, k, v, self.k, self.v, at.positions, at.real)
         self._store(k, v, at, at.positions)
         if at.fixed:
             k, v = self._load(self.k[:, : self.spare], self.v[:, : self.spare], q.dtype)
@@ -263,10 +276,13 @@ class WindowCache(KVCache):
     def __init__(self, kind: KVFormat, size: CacheSize, columns: int, window: int) -> None:
         super().__init__(kind, size, columns)
         self.window = window
+        self._one_token = kind.kernel(size, window)
         self.held = torch.full((size.batch, columns + 1), -1, device=size.device)  # position in each column; -1: none
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, at: Tokens) -> Tensor:
         """As `KVCache.attend`, over the window: first what the ring holds, then the new tokens."""
+        if self._one_token is not None and at.length == 1:
+            return self._one_token(q, k, v, self.k, self.v, at.positions, at.real, self.held)
         held = self.held[:, : self.spare]
         start = at.positions[:, :1]
         old_k, old_v = self._load(self.k[:, : self.spare], self.v[:, : self.spare], q.dtype)

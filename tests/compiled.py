@@ -15,17 +15,17 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 GENERATIONS = (90, 100)
-POINTERS = {"f8": "*fp8e4nv", "bf16": "*bf16", "f32": "*fp32", "u8": "*u8", "i32": "*i32"}
+POINTERS = {"f8": "*fp8e4nv", "bf16": "*bf16", "f32": "*fp32", "u8": "*u8", "i32": "*i32", "i64": "*i64", "bool": "*i1"}
 
 
 @dataclass(frozen=True)
 class Build:
-    """One specialisation of a kernel: types of pointers, values of constants; integers that are left are multiples of 16.
+    """One specialisation of a kernel: types of pointers, values of constants; other arguments are int32.
 
     `weights`: weights that one step of its loop takes, all threads together; 0 when there is no such loop.
     """
@@ -41,6 +41,8 @@ class Build:
     budget: float = 0.0  # instructions per weight
     registers: int = 255
     shared: int = 232448  # bytes that a program may have on both generations
+    multiples: tuple[str, ...] = ("N", "out_N")  # integers that are known to be multiples of 16
+    scalars: dict[str, str] = field(default_factory=dict)  # types of those that are no int32
 
 
 @dataclass
@@ -79,8 +81,8 @@ def compile_build(build: Build, generation: int) -> Compiled:
         if name in build.constants:
             signature[name] = "constexpr"
             continue
-        signature[name] = POINTERS[build.pointers[name]] if name in build.pointers else "i32"
-        if name in build.pointers or name in ("N", "out_N"):
+        signature[name] = POINTERS[build.pointers[name]] if name in build.pointers else build.scalars.get(name, "i32")
+        if name in build.pointers or name in build.multiples:
             attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, build.constants, attributes)
     options = {"num_warps": build.warps, "num_stages": build.stages, "maxnreg": build.limit}
@@ -165,6 +167,25 @@ def nvfp4(name: str, tokens: int, K: int = 5120, split: int = 2, **more: Any) ->
     return Build(name, kernel, pointers, constants, 2, 4, None, rows * 128, **({"budget": 4.4} | more))
 
 
+def attention(name: str, heads: int, G: int, D: int, scales: int = 0, ring: bool = False, ranges: int = 32) -> Build:
+    """One form of `attend_kernel`, cut as `choose_cut` says."""
+    queries = max(16, 1 << (G - 1).bit_length())
+    pointers = dict.fromkeys(("q", "k", "v", "out"), "bf16") | dict.fromkeys(("kept_k", "kept_v"), "f8" if scales else "bf16")
+    pointers |= {"positions": "i64", "real": "bool", "work": "f32", "count": "i32"}
+    constants = {
+        "KV_HEADS": heads, "G": G, "QUERIES": queries, "D": D, "SIZE": D, "TILE": 2**13 // D, "RANGES": ranges, "LEAST": 4,
+        "WINDOW": 512 if ring else 0, "BY_HEAD": scales == 2, "MOST": 0, "INTERPRETED": False,
+    }  # fmt: skip
+    for optional, there, kind in (("k_scale", scales, "f32"), ("v_scale", scales, "f32"), ("held", ring, "i64")):
+        pointers |= {optional: kind} if there else {}
+        constants |= {} if there else {optional: None}
+    return Build(
+        f"attention {name}", "runtime.kernels.attention_decode:attend_kernel", pointers, constants, 8 if queries > 16 else 4,
+        3, registers=208, shared=136 * 2**10 if queries > 16 else 80 * 2**10, multiples=("q_row", "q_head", "k_row", "v_row"),
+        scalars={"scale": "fp32"},
+    )  # fmt: skip
+
+
 QUANTIZE = {"x": "bf16", "codes": "f8", "scales": "f32"}
 BUILDS = [
     fp8("W8A16 rows", 8, split=1),
@@ -187,6 +208,11 @@ BUILDS = [
           {"K": 5120, "STEP": 4096}, warps=8),
     Build("nvfp4 quantise", "runtime.kernels.nvfp4_quantize:quantize_kernel",
           {"x": "bf16", "out": "bf16", "input_scale": "f32"}, {"K": 5120, "GROUPS": 64}),
+    attention("heads of 256", 4, 6, 256),
+    attention("heads of 256, FP8, whole", 2, 8, 256, scales=1, ranges=1),
+    attention("heads of 128, FP8 by head", 2, 16, 128, scales=2),
+    attention("heads of 128, ring", 8, 12, 128, ring=True),
+    attention("64 queries per head", 1, 64, 256),
 ]  # fmt: skip
 
 

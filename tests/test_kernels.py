@@ -228,7 +228,7 @@ def test_torch_runs_everything(scheme: str, activations: str | None) -> None:
 
 def test_rows_name_their_module() -> None:
     """What the table says that a module knows, it knows."""
-    for row in table.ROWS[:-1]:
+    for row in (row for row in table.ROWS if row.module != TORCH):
         module = __import__(row.module, fromlist=["x"])
         assert row.schemes == module.SCHEMES
         assert row.activations == module.ACTIVATIONS

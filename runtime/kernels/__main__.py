@@ -7,22 +7,23 @@ from collections.abc import Iterator
 import torch
 
 from runtime.format import ACTIVATIONS, SCHEMES
-from runtime.kernels.table import OPERATIONS, Machine, choose, machine
+from runtime.kernels.table import ROWS, Machine, choose, machine
 
 
 def lines(at: Machine, name: str) -> Iterator[str]:
     """The report for a machine called `name`: one line per scheme, way of the input and operation that differ."""
     generation = "" if at.generation is None else f" (sm_{at.generation})"
     yield f"{name}{generation}, triton {'found' if at.triton else 'not found'}"
-    for operation in OPERATIONS:
+    for operation in dict.fromkeys(operation for row in ROWS for operation in row.operations):
         yield f"{operation}:"
-        for scheme in SCHEMES:
+        for scheme in dict.fromkeys(scheme for row in ROWS if operation in row.operations for scheme in row.schemes):
             inputs: dict[tuple[str, tuple[str, ...]], list[str]] = {}
             for activations in (None, *(kind for kind in ACTIVATIONS if _goes_with(kind, scheme))):
                 row, passed = choose(scheme, activations, operation, at)
                 inputs.setdefault((row.module, (row.why, *passed)), []).append(activations or "full")
             for (module, why), kinds in inputs.items():
-                yield f"  {scheme:12s} input {', '.join(kinds)}: {module} ({'; '.join(why)})"
+                given = f" input {', '.join(kinds)}" if scheme in SCHEMES else ""
+                yield f"  {scheme:12s}{given}: {module} ({'; '.join(why)})"
 
 
 def _goes_with(activations: str, scheme: str) -> bool:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from importlib import import_module
 from importlib.util import find_spec
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from runtime.format import SCHEMES, ModuleSpec
 FEW_TOKENS = 64  # rows of input that "linear, few tokens" takes
 LINEAR, FEW = "linear", f"linear, up to {FEW_TOKENS} tokens"
 OPERATIONS = (FEW, LINEAR)
+ATTEND = "attention, one token"
 TORCH = "torch"
 FP8_INPUTS = (None, "fp8_static", "fp8_tensor", "fp8_token", "fp8_group", "fp8_group_e8m0")
 
@@ -28,7 +30,8 @@ FP8_INPUTS = (None, "fp8_static", "fp8_tensor", "fp8_token", "fp8_group", "fp8_g
 class Row:
     """An implementation and what it is for.
 
-    `module`: has `prepare(spec, tensors)`, which returns the function to call; `TORCH` for the layers' own arithmetic.
+    `schemes`: of a weight, or how a cache keeps what it keeps.
+    `module`: has `prepare`, which returns the function to call; `TORCH` for the layers' own arithmetic.
     `generations`: least compute capability, and the first that is too new, each as major * 10 + minor.  `activations`:
     the ways of the input that it knows.  `why`: for people.
     """
@@ -50,6 +53,11 @@ ROWS = (
         ("nvfp4",), (FEW,), (None, "nvfp4"), (90, 110), "runtime.kernels.nvfp4_linear",
         "reads each code once and decodes it in registers",
     ),
+    Row(
+        ("kv bf16", "kv fp8"), (ATTEND,), (None,), (90, 110), "runtime.kernels.attention_decode",
+        "reads each key and value once, of as many sequences as there are, whatever their lengths",
+    ),
+    Row(("kv bf16", "kv fp8"), (ATTEND,), None, None, TORCH, "scaled_dot_product_attention of decoded values; runs anywhere"),
     Row(tuple(SCHEMES), OPERATIONS, None, None, TORCH, "weights are converted on every call; runs anywhere"),
 )  # fmt: skip
 
@@ -98,6 +106,12 @@ def _problem(row: Row, activations: str | None, at: Machine) -> str | None:
         if not at.triton:
             return "needs triton, which is not installed"
     return None
+
+
+def module_for(operation: str, scheme: str, device: torch.device) -> ModuleType | None:
+    """The module that runs `operation` on `device`; None where torch does."""
+    row, _ = choose(scheme, None, operation, machine(device))
+    return None if row.module == TORCH else import_module(row.module)
 
 
 def prepare(
