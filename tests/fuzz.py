@@ -24,6 +24,7 @@ import random
 import re
 import resource
 import shutil
+import signal
 import struct
 import sys
 import tempfile
@@ -40,7 +41,8 @@ for entry in (str(ROOT), str(ROOT / "tests")):
         sys.path.insert(0, entry)
 
 CORPUS = ROOT / "tests" / "corpus"
-MAX_SECONDS = 10.0  # longest time that one input may take, on a busy machine
+MAX_SECONDS = 10.0  # longest CPU time that one input may take
+MAX_WAIT = 3600.0  # longest time without an end of fifty inputs
 MAX_MEMORY = 1 << 30  # address space that a run may take beyond what it has at its start
 LINE = re.compile(r"qconvert: (.*expected .+, found .+; .+|\.\.\. and \d+ more problems)|note: .+")
 
@@ -417,6 +419,7 @@ def run(target: str, seconds: float, seed: int, folder: Path, count: int | None 
 
     print(f"{target}: seed {seed}, converter {convert.__file__}", flush=True)
     torch.set_num_threads(1)
+    faulthandler.register(signal.SIGPROF, chain=True)  # shows where it hangs, and ends
     rng = random.Random(seed)
     results: Counter[str] = Counter()
     faults: Counter[str] = Counter()
@@ -426,9 +429,10 @@ def run(target: str, seconds: float, seed: int, folder: Path, count: int | None 
     for step in inputs:
         if number == 1:  # all is imported
             limit_memory()
-        if number % 50 == 0:
-            faulthandler.dump_traceback_later(20 * MAX_SECONDS, exit=True)
-        began = time.monotonic()
+        if number % 50 == 0:  # CPU time, so that a process may be stopped and continued; and a wait without end is a hang too
+            signal.setitimer(signal.ITIMER_PROF, 20 * MAX_SECONDS)
+            faulthandler.dump_traceback_later(MAX_WAIT, exit=True)
+        began = time.process_time()
         try:
             results[step()] += 1
         except Exception as error:
@@ -450,7 +454,7 @@ def run(target: str, seconds: float, seed: int, folder: Path, count: int | None 
                 print(f"input {number}: {key}: kept as {kept} ({last.read_bytes()[:200]!r})", flush=True)
             if not keep_going:
                 return 1
-        took = time.monotonic() - began
+        took = time.process_time() - began
         slowest, number = max(slowest, took), number + 1
         if took > MAX_SECONDS:
             print(f"input {number} took {took:.1f} s", flush=True)
@@ -462,6 +466,7 @@ def run(target: str, seconds: float, seed: int, folder: Path, count: int | None 
         if now - start > seconds or (count is not None and number >= count):
             break
     faulthandler.cancel_dump_traceback_later()
+    signal.setitimer(signal.ITIMER_PROF, 0)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     print(f"{target}: {number} inputs in {time.monotonic() - start:.0f} s, {dict(results)}, slowest {slowest:.2f} s, "
           f"peak {peak:.0f} MB, {sum(faults.values())} faults", flush=True)  # fmt: skip
