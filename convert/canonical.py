@@ -14,7 +14,7 @@ from runtime.format import CONFIG_FILE, INDEX_FILE, REPORT_FILE, CanonicalConfig
 from .errors import ConvertError, Problem, UsageError
 from .families import FAMILIES
 from .families.base import Family, Parameter, Placed, expand, open_items, present_layers
-from .source import TensorInfo, parse_json, read_header, read_json, regular_file
+from .source import TensorInfo, read_header, read_json, regular_file
 
 AGAIN = "the checkpoint is damaged: run qconvert IN OUT again"
 
@@ -53,7 +53,7 @@ def _read_config(directory: Path) -> CanonicalConfig:
 
 
 def _read_index(directory: Path) -> dict[str, str]:
-    index = parse_json(regular_file(directory, INDEX_FILE).read_bytes(), INDEX_FILE).get("weight_map")
+    index = read_json(regular_file(directory, INDEX_FILE), INDEX_FILE).get("weight_map")
     good = isinstance(index, dict) and all(map(_is_file_name, index.values()))
     if not good or not index:
         raise ConvertError(Problem(INDEX_FILE, "weight_map", "tensor name -> file name", "something else", AGAIN))

@@ -7,15 +7,15 @@ from __future__ import annotations
 
 from runtime.format import MAX_EXPERTS as MAX_EXPERTS
 from runtime.format import MAX_HEADER_BYTES as MAX_HEADER_BYTES
+from runtime.format import MAX_JSON_BYTES as MAX_JSON_BYTES
+from runtime.format import MAX_LAYERS as MAX_LAYERS
 from runtime.format import MAX_NUMBER as MAX_NUMBER
 
 MAX_METADATA_BYTES = 1_000_000  # of its `__metadata__`
 MAX_NAME_LENGTH = 4096  # characters of a tensor's name
 MAX_TENSORS = 2_000_000  # of a checkpoint; the largest published ones have 300,000
-MAX_JSON_BYTES = 100_000_000  # of a config or index
 MAX_NESTING = 64  # brackets inside brackets in a config or index
 MAX_FILE_NAME = 255  # bytes of a file's name; what file systems take
-MAX_LAYERS = 10_000  # of any part; the largest published model has 128
 MAX_SIDE_DEPTH = 4  # folders below the checkpoint that are searched for side files
 MAX_PATTERN = 100_000  # characters of a regular expression of a config
 MAX_REGEX_S = 1.0  # CPU time of one regular expression of a config, over all modules

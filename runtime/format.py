@@ -46,9 +46,11 @@ MX_GROUP = 32  # elements along K that share an MX block scale
 
 # Limits on what is read; convert/limits.py has those of the converter alone.
 MAX_HEADER_BYTES = 100_000_000  # of one safetensors file; the limit of the safetensors library
+MAX_JSON_BYTES = 100_000_000  # of a config or index
 MAX_NUMBER = (1 << 63) - 1  # elements of a tensor
 MAX_SIZE = (1 << 31) - 1  # one size or count of a network; the largest published vocabulary is 262144
 MAX_EXPERTS = 10_000  # of one layer; the largest published model has 512
+MAX_LAYERS = 10_000  # of one part; the largest published model has 128
 
 
 def escaped(text: object) -> str:
@@ -78,6 +80,17 @@ def _entries(data: Any, place: str) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise _broken(place, "an object", f"{data!r:.80}")
     return data
+
+
+def _architecture(data: Any) -> dict[str, Any]:
+    """`data` if it is an object whose lists, and numbers of layers and experts, are within the limits."""
+    for name, value in _entries(data, "architecture").items():
+        limit = MAX_EXPERTS if "experts" in name else MAX_LAYERS
+        if isinstance(value, (list, str)) and len(value) > limit:
+            raise _broken(f"architecture.{name}", f"at most {limit} entries", f"{len(value)}")
+        if ("experts" in name or name.endswith("_layers")) and isinstance(value, int) and value > limit:
+            raise _broken(f"architecture.{name}", f"at most {limit}", f"{value}")
+    return dict(data)
 
 
 def _names(data: Any, place: str) -> tuple[str, ...]:
@@ -304,7 +317,7 @@ class CanonicalConfig:
                 raise _broken(f"quantization.kv_cache.{name}", "tensor or head", f"{kind!r:.80}")
         return cls(
             family=data["family"],
-            architecture=_entries(data.get("architecture"), "architecture"),
+            architecture=_architecture(data.get("architecture")),
             modules={
                 n: ModuleSpec.from_json(n, e) for n, e in _entries(quantization.get("modules"), "quantization.modules").items()
             },

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from runtime.architecture import read_architecture
 from runtime.builder import LayerBuilder
 from runtime.errors import LoadError
-from runtime.format import CONFIG_FILE, DENSE_DTYPES, INDEX_FILE, CanonicalConfig, FormatError, module_tensors
+from runtime.format import CONFIG_FILE, DENSE_DTYPES, INDEX_FILE, MAX_JSON_BYTES, CanonicalConfig, FormatError, module_tensors
 from runtime.layers import TORCH_DTYPES
 from runtime.machine import check_memory, check_schemes, find_device, gigabytes, host_memory
 from runtime.models import FAMILIES
@@ -132,9 +133,21 @@ def read_config(directory: Path) -> CanonicalConfig:
     return CanonicalConfig.from_json(_read_json(directory, CONFIG_FILE))
 
 
+def _regular_file(directory: Path, name: str) -> Path:
+    """The path of a file of the checkpoint.  A pipe or device in its place is refused, because reading it may never end."""
+    path = directory / name
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise LoadError(f"{path}: expected a regular file, found something else (folder, pipe or device); convert again")
+    return path
+
+
 def _read_json(directory: Path, name: str) -> Any:
+    path = _regular_file(directory, name)
     try:
-        return json.loads((directory / name).read_text(encoding="utf-8"))
+        size = path.stat().st_size
+        if size > MAX_JSON_BYTES:
+            raise LoadError(f"{path}: expected at most {MAX_JSON_BYTES} bytes, found {size}; the file is damaged: convert again")
+        return json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise LoadError(
             f"{directory / name}: expected a file of a canonical checkpoint, found {error.strerror}; "
@@ -166,6 +179,7 @@ def _open_shards(directory: Path, files: dict[str, str], expected: Collection[st
     """Open every file that holds an expected tensor, in order; all are closed with `stack`."""
     shards = {}
     for file in sorted({file for name, file in files.items() if name in expected}):
+        _regular_file(directory, file)
         shards[file] = Shard(directory, file)
         stack.callback(shards[file].close)
     return shards

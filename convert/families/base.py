@@ -330,7 +330,8 @@ def count_layers(part: Part, names: Iterable[str], offset: int = 0) -> int:
     """Number of layers of a part by the names stored below its layer list, counted from `offset`."""
     start = f"{part.prefix}.{part.layer_list}."
     found = {name[len(start) :].partition(".")[0] for name in names if name.startswith(start)}
-    return max((int(index) + 1 - offset for index in found if index.isdecimal() and len(index) < 6), default=0)
+    small = (int(index) for index in found if index.isdecimal() and len(index) < 6)
+    return max((index + 1 - offset for index in small if index < MAX_LAYERS), default=0)
 
 
 def _own_layers(family: Family, part: Part, names: Iterable[str]) -> list[str]:
