@@ -1,6 +1,6 @@
 """Conversion against a plain copy, and verification against plain reading, in one run.
 
-    python -m bench.convert [--case fp8|nvfp4|moe] [--gigabytes 3] [--runs 5] [--folder DIR] [--xfs] [--json]
+    python -m bench.convert [--case fp8|nvfp4|moe] [--gigabytes 3] [--runs 5] [--folder DIR] [--xfs] [--aligned] [--json]
 
 Cases, as nvidia-modelopt writes them and in the order of `safetensors.torch.save_file` (widest dtype first, then by name):
 fp8    Qwen3.5 dense, hidden 4096: names and scalar shapes change, and some rows are fused
@@ -11,7 +11,8 @@ Each figure is the median of interleaved runs in fresh processes, after a sync; 
 machines differ and are noisy.  IN is read before each of them, so that it is in the page cache (warm); each round starts with a
 copy that does not count, because memory that was idle is slow on virtual machines.  qconvert flushes everything to disk before
 OUT appears and `cp` does not, so `cp` and a sync is another row.  `--xfs`: on a file system with reflinks, made in a file and
-mounted for the run (needs root); `cp` is told not to clone.
+mounted for the run (needs root); `cp` is told not to clone.  `--aligned`: IN without its tower, and each of its tensors that
+fills whole blocks starts with a block, so that nearly everything can be cloned.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from typing import Any
 import numpy as np
 
 from bench.plan import modelopt_excluded, qwen3_5_moe
+from convert.layout import BLOCK
 
 ROOT = Path(__file__).parents[1]
 SAMPLE = ROOT / "samples" / "qwen3_5-modelopt-mixed"
@@ -124,7 +126,7 @@ def dense(scheme: str, size: int) -> tuple[dict[str, Any], list[Entry]]:
     return config, entries
 
 
-def mixture(size: int) -> tuple[dict[str, Any], list[Entry]]:
+def mixture(size: int, tower: bool) -> tuple[dict[str, Any], list[Entry]]:
     """Config and tensors of a Qwen3.5-MoE model of about `size` bytes, with a small vocabulary: it is about experts."""
 
     def scheme(module: str) -> str:
@@ -137,15 +139,18 @@ def mixture(size: int) -> tuple[dict[str, Any], list[Entry]]:
         )
         heads = ("embed_tokens.weight", "lm_head.weight")
         entries = [(n, d, (VOCAB, *s[1:]) if n.endswith(heads) else s) for n, d, s in generated]
+        entries = [e for e in entries if tower or not e[0].startswith("model.visual.")]
         if sum(map(nbytes, entries)) >= size:
             break
         layers += 1
     config["text_config"]["vocab_size"] = VOCAB
+    if not tower:
+        del config["vision_config"]
     config["quantization_config"] = {"quant_method": "modelopt", **modelopt_excluded(entries)["quantization"]}
     return config, entries
 
 
-def generate(folder: Path, config: dict[str, Any], entries: list[Entry]) -> None:
+def generate(folder: Path, config: dict[str, Any], entries: list[Entry], aligned: bool = False) -> None:
     """Write a checkpoint with random valid codes, in files of a gigabyte."""
     folder.mkdir(parents=True)
     random = np.random.default_rng(0)
@@ -162,14 +167,14 @@ def generate(folder: Path, config: dict[str, Any], entries: list[Entry]) -> None
     index = {}
     for number, shard in enumerate(shards, 1):
         name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        shard.sort(key=lambda e: (-WIDTH[e[1]], e[0]))
+        shard.sort(key=lambda e: (aligned and nbytes(e) % BLOCK > 0, -WIDTH[e[1]], e[0]))
         header, position = {}, 0
         for entry in shard:
             header[entry[0]] = {"dtype": entry[1], "shape": entry[2], "data_offsets": [position, position + nbytes(entry)]}
             position += nbytes(entry)
             index[entry[0]] = name
         raw = json.dumps(header, separators=(",", ":")).encode()
-        raw += b" " * (-len(raw) % 8)
+        raw += b" " * (-(8 + len(raw)) % (BLOCK if aligned else 8))
         with (folder / name).open("wb") as stream:
             stream.write(len(raw).to_bytes(8, "little") + raw)
             for tensor, dtype, shape in shard:
@@ -269,13 +274,14 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--folder", type=Path, default=None, help="where to put the files (default: a temporary folder)")
     parser.add_argument("--xfs", action="store_true", help="on XFS with reflinks, mounted from a file")
+    parser.add_argument("--aligned", action="store_true", help="tensors of IN that fill whole blocks start with one")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     size = int(args.gigabytes * 1e9)
-    config, entries = mixture(size) if args.case == "moe" else dense(args.case, size)
+    config, entries = mixture(size, not args.aligned) if args.case == "moe" else dense(args.case, size)
     with tempfile.TemporaryDirectory(dir=args.folder) as name, contextlib.ExitStack() as stack:
-        folder = stack.enter_context(reflinks(Path(name), 6 * size)) if args.xfs else Path(name)
-        generate(folder / "in", config, entries)
+        folder = stack.enter_context(reflinks(Path(name), 4 * size + (2 << 30))) if args.xfs else Path(name)
+        generate(folder / "in", config, entries, args.aligned)
         result = measure(folder, args.runs)
     layers = config["text_config"]["num_hidden_layers"]
     result |= {
