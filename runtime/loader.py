@@ -146,7 +146,7 @@ def _read_json(directory: Path, name: str) -> Any:
     try:
         size = path.stat().st_size
         if size > MAX_JSON_BYTES:
-            raise LoadError(f"{path}: expected at most {MAX_JSON_BYTES} bytes, found {size}; the file is damaged: convert again")
+            raise LoadError(f"{path}: expected at most {MAX_JSON_BYTES} bytes, found {size}; it is damaged: convert again")
         return json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise LoadError(
