@@ -273,7 +273,8 @@ def test_second_writer_is_refused(source: Built, clean: dict[str, bytes], cli: C
     """While one run writes OUT, another one says so in one line, and disturbs nothing."""
     out = tmp_path / "out"
     process = start(source.directory, out, "--shard-size", SIZE)
-    wait_for(lambda: (tmp_path / ".out.journal").exists())
+    journal = tmp_path / ".out.journal"
+    wait_for(lambda: journal.exists() and journal.stat().st_size > 0)  # its first line is written once it is locked
     os.kill(process.pid, signal.SIGSTOP)
     try:
         for more in ((), ("--resume",), ("--force",)):
