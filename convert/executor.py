@@ -56,7 +56,7 @@ class Report:
 
 
 @dataclass(frozen=True, slots=True)
-class _Shard:
+class Shard:
     """A file of OUT as it will be: its header, its tensors, and how many of their bytes can be cloned from IN."""
 
     name: str
@@ -70,17 +70,18 @@ class _Shard:
         return len(self.header) + sum(step.nbytes for step in self.steps)
 
 
-def _shards(plan: Plan) -> list[_Shard]:
+def shards_of(plan: Plan) -> list[Shard]:
+    """The files of OUT that hold tensors, in order."""
     shards = []
     for name, indices in plan.shards.items():
         steps = [plan.steps[i] for i in indices]
         residue, cloneable = data_residue(steps, plan.source.tensors)
         header = header_bytes(((s.name, s.dtype, s.shape, s.nbytes) for s in steps), residue)
-        shards.append(_Shard(name, header, steps, cloneable))
+        shards.append(Shard(name, header, steps, cloneable))
     return shards
 
 
-def _plan_digest(plan: Plan, shards: Iterable[_Shard]) -> str:
+def plan_digest(plan: Plan, shards: Iterable[Shard]) -> str:
     """Identity of everything that a run will write: equal for two runs that write the same bytes, given the same source."""
     from . import __version__
 
@@ -99,7 +100,7 @@ def _identity(path: Path) -> Identity:
     return (status.st_size, status.st_mtime_ns, status.st_ino)
 
 
-def _identities(source: Source) -> dict[str, Identity]:
+def identities(source: Source) -> dict[str, Identity]:
     """What tells whether IN changed: each file that OUT is made of."""
     known = {file.name: file.identity for file in source.files.values()}
     known |= {name: _identity(path) for name, path in source.side_files.items()}
@@ -123,7 +124,7 @@ def _check_unchanged(source: Source, before: Mapping[str, Identity]) -> None:
 
 
 @dataclass(slots=True)
-class _Run:
+class Run:
     """One run: what its threads share."""
 
     plan: Plan
@@ -136,7 +137,7 @@ class _Run:
     stop: threading.Event = field(default_factory=threading.Event)
     noting: threading.Lock = field(default_factory=threading.Lock)
 
-    def write_shard(self, shard: _Shard) -> None:
+    def write_shard(self, shard: Shard) -> None:
         """Write one file of OUT, flush it, and note it in the journal with its digests and the number of zero block scales."""
         done = self.staging.done.get(shard.name)
         if done is not None and done["size"] == shard.size:
@@ -223,9 +224,9 @@ def _all_of(*looks: Look | None) -> Look | None:
     return look_at if len(given) > 1 else given[0] if given else None
 
 
-def _execute(run: _Run, shards: list[_Shard], workers: int, digest: str, before: Mapping[str, Identity]) -> Report:
-    """Write everything into the staging directory: tensors, side files, adapters, index, config, and the report at last."""
-    plan, source, folder = run.plan, run.plan.source, run.staging.path
+def _execute(run: Run, shards: list[Shard], workers: int, digest: str, before: Mapping[str, Identity]) -> Report:
+    """Write everything into the staging directory: tensors, then what `complete` writes."""
+    plan, source = run.plan, run.plan.source
     pool, hasher = ThreadPoolExecutor(workers), ThreadPoolExecutor(workers)
     try:
         zeros = run.values.check(plan)
@@ -234,29 +235,43 @@ def _execute(run: _Run, shards: list[_Shard], workers: int, digest: str, before:
         done, _ = wait(written, return_when=FIRST_EXCEPTION)
         for future in done:
             future.result()
-        run.copy_side_files()
-        others = run.write_adapters()
-        run.write_metadata()
-        others += [INDEX_FILE, CONFIG_FILE, *sorted(source.side_files)]
-        notes = [run.staging.done[shard.name] for shard in shards]
-        report = Report(_report(plan, zeros + sum(note["zeros"] for note in notes)))
-        report.data["plan_sha256"] = digest
-        report.data["sources"] = [
-            {"file": n, "size": f.identity[0], "sha256": inputs[n].result() if run.hashes else None}
-            for n, f in source.files.items()
-        ]
-        report.data["outputs"] = [
-            {"file": note["file"], "size": note["size"], **note["digests"]} for note in notes
-        ] + [
-            {"file": n, "size": (folder / n).stat().st_size, "sha256": file_digest(folder / n) if run.hashes else None}
-            for n in others
-        ]
+        sha256 = {name: future.result() for name, future in inputs.items()}
     except BaseException:
         run.stop.set()
         raise
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
         hasher.shutdown(wait=True, cancel_futures=True)
+    return complete(run, shards, zeros, sha256, digest, before)
+
+
+def complete(
+    run: Run, shards: list[Shard], zeros: int, inputs: Mapping[str, str], digest: str, before: Mapping[str, Identity]
+) -> Report:
+    """Write all but the tensors, which the staging directory has: side files, adapters, index, config, the report at last.
+
+    zeros   zero scales among those that are read at once; `inputs`: SHA-256 of each file of IN, empty without digests
+    digest  `plan_digest`; `before`: `identities` of IN when it was planned
+
+    Raises `MachineError` when IN has changed since.
+    """
+    plan, source, folder = run.plan, run.plan.source, run.staging.path
+    run.copy_side_files()
+    others = run.write_adapters()
+    run.write_metadata()
+    others += [INDEX_FILE, CONFIG_FILE, *sorted(source.side_files)]
+    notes = [run.staging.done[shard.name] for shard in shards]
+    report = Report(_report(plan, zeros + sum(note["zeros"] for note in notes)))
+    report.data["plan_sha256"] = digest
+    report.data["sources"] = [
+        {"file": n, "size": f.identity[0], "sha256": inputs.get(n)} for n, f in source.files.items()
+    ]
+    report.data["outputs"] = [
+        {"file": note["file"], "size": note["size"], **note["digests"]} for note in notes
+    ] + [
+        {"file": n, "size": (folder / n).stat().st_size, "sha256": file_digest(folder / n) if run.hashes else None}
+        for n in others
+    ]
     _check_unchanged(source, before)
     report.data = sealed(report.data)
     write_json(folder / REPORT_FILE, report.data)
@@ -317,17 +332,17 @@ def convert_checkpoint(
     `MachineError` when the disk fails.  On any error `out_dir` is as it was before.
     """
     source, out = Path(in_dir), Path(out_dir)
-    finished = _read_finished(out) if resume else None
+    finished = read_finished(out) if resume else None
     if source.is_dir() and not finished:
         check_target(out, source, force)
     plan = plan_source(read_source(source), shard_size)
-    shards = _shards(plan)
-    digest = _plan_digest(plan, shards)
-    before = _identities(plan.source)
+    shards = shards_of(plan)
+    digest = plan_digest(plan, shards)
+    before = identities(plan.source)
     if finished:
-        if _made_from(finished, out, digest, before):
+        if made_from(finished, out, digest, before):
             tidy(out)
-            return Report(finished | _proof(source, out) if verify else finished)
+            return Report(finished | proof(source, out) if verify else finished)
         check_target(out, source, force)
     written = 0
     lock = threading.Lock()
@@ -344,10 +359,10 @@ def convert_checkpoint(
     try:
         with staged(out, identity, resume) as work, Sources(plan.source.files) as sources, Writers() as writers:
             _check_space(work, plan, shards, sources)
-            run = _Run(plan, sources, Values(plan, sources), work, advance, writers, hashes)
+            run = Run(plan, sources, Values(plan, sources), work, advance, writers, hashes)
             report = _execute(run, shards, workers or default_workers(), digest, before)
             if verify:
-                report.data |= _proof(source, work.path)
+                report.data |= proof(source, work.path)
     except OSError as error:
         again = _again(work, shards) or "correct this and run again: OUT is untouched"
         where = str(error.filename or out)
@@ -357,7 +372,7 @@ def convert_checkpoint(
     return report
 
 
-def _proof(in_dir: Path, out_dir: Path) -> dict[str, Any]:
+def proof(in_dir: Path, out_dir: Path) -> dict[str, Any]:
     """Prove a result against its source.  Returns what a report says of it."""
     from .verifier import verify_conversion
 
@@ -365,7 +380,7 @@ def _proof(in_dir: Path, out_dir: Path) -> dict[str, Any]:
     return {"verified": {"tensors": result.tensors, "elements": result.elements}}
 
 
-def _again(work: Staging | None, shards: list[_Shard]) -> str:
+def _again(work: Staging | None, shards: list[Shard]) -> str:
     """How to continue, when files of this run were kept."""
     if work is None or not work.kept:
         return ""
@@ -375,7 +390,7 @@ def _again(work: Staging | None, shards: list[_Shard]) -> str:
     )
 
 
-def _check_space(work: Staging, plan: Plan, shards: list[_Shard], sources: Sources) -> None:
+def _check_space(work: Staging, plan: Plan, shards: list[Shard], sources: Sources) -> None:
     """Ask for the room that is still needed: neither for what an earlier run left, nor for what is cloned."""
     needed = sum(p.stat().st_size for p in plan.source.side_files.values()) + sum(a.nbytes for a in plan.adapters)
     missing = [shard for shard in shards if shard.name not in work.done]
@@ -385,7 +400,7 @@ def _check_space(work: Staging, plan: Plan, shards: list[_Shard], sources: Sourc
     work.check_space(needed)
 
 
-def _read_finished(out: Path) -> dict[str, Any] | None:
+def read_finished(out: Path) -> dict[str, Any] | None:
     """The report of a complete OUT, or None."""
     try:
         return read_json(out / REPORT_FILE, REPORT_FILE)
@@ -393,7 +408,7 @@ def _read_finished(out: Path) -> dict[str, Any] | None:
         return None
 
 
-def _made_from(report: dict[str, Any], out: Path, digest: str, before: Mapping[str, Identity]) -> bool:
+def made_from(report: dict[str, Any], out: Path, digest: str, before: Mapping[str, Identity]) -> bool:
     """Whether a complete OUT is what this run would write: of the same plan, and written after IN last changed."""
     written_ns = (out / REPORT_FILE).stat().st_mtime_ns
     return report.get("plan_sha256") == digest and all(mtime_ns <= written_ns for _, mtime_ns, _ in before.values())

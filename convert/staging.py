@@ -91,7 +91,8 @@ class Staging:
             )
 
 
-def _beside(target: Path, what: str) -> Path:
+def beside(target: Path, what: str) -> Path:
+    """A hidden neighbour of `target`, named after it."""
     return target.with_name(f".{target.name[:200]}.{what}")
 
 
@@ -107,17 +108,16 @@ def staged(out: Path, identity: dict[str, Any] | None = None, resume: bool = Fal
     parent = target.parent
     created = [p for p in (parent, *parent.parents) if not p.exists()]
     parent.mkdir(parents=True, exist_ok=True)
-    staging = Staging(_beside(target, "partial"), Journal(_beside(target, "journal")))
+    staging = Staging(beside(target, "partial"), Journal(beside(target, "journal")))
     try:
-        _recover(target)
+        recover(target)
         staging.done = _resumable(staging, identity) if resume else {}
         if not staging.done:
             _remove(staging.path)
             staging.path.mkdir()
             staging.journal.start({"identity": identity})
         yield staging
-        _sync_tree(staging.path)
-        _replace(target, staging.path)
+        publish(target, staging.path)
     except BaseException as error:
         staging.kept = identity is not None and bool(staging.done) and isinstance(error, OSError | KeyboardInterrupt)
         if staging.kept:
@@ -132,13 +132,19 @@ def staged(out: Path, identity: dict[str, Any] | None = None, resume: bool = Fal
     staging.journal.remove()
 
 
+def publish(out: Path, path: Path) -> None:
+    """Flush the directory `path`, which lies beside `out`, and make it `out`."""
+    _sync_tree(path)
+    _replace(out.resolve(), path)
+
+
 def tidy(out: Path) -> None:
     """Remove what a run that was killed after its last rename left beside a complete `out`."""
     target = out.resolve()
-    path = _beside(target, "journal")
+    path = beside(target, "journal")
     if path.exists():
         journal = Journal(path)
-        _recover(target)
+        recover(target)
         journal.remove()
 
 
@@ -172,9 +178,9 @@ def _sync_tree(root: Path) -> None:
         sync_directory(Path(folder))
 
 
-def _recover(target: Path) -> None:
+def recover(target: Path) -> None:
     """Finish what a run that was killed while it replaced OUT had begun."""
-    before = _beside(target, "replaced")
+    before = beside(target, "replaced")
     if before.exists():
         if target.exists():
             shutil.rmtree(before, ignore_errors=True)
@@ -184,7 +190,7 @@ def _recover(target: Path) -> None:
 
 def _replace(target: Path, staging: Path) -> None:
     """Rename `staging` to `target`; what was there before goes only once the new one is in place."""
-    before = _beside(target, "replaced")
+    before = beside(target, "replaced")
     existed = target.exists()
     if existed:
         os.rename(target, before)
