@@ -9,7 +9,7 @@ S tokens that a cache can hold, D head size, Nq / Nkv query and KV heads, W widt
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol, TypeVar
 
@@ -318,23 +318,29 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: boo
 
 
 class RecurrentCache:
-    """A convolution's last inputs, `[B, channels, W - 1]` in the dtype of the arithmetic, and a float32 state `[B, ...]`."""
+    """A convolution's last inputs, in the dtype of the arithmetic, and a float32 state `[B, ...]`.
+
+    `conv` `[B, channels, R]` is a ring: the input at position p is in column p modulo R.  A new input replaces none of the
+    `W - 1` before it, so that it can be stored while others read them; R leaves room for those that may be taken back.
+    """
 
     def __init__(self, size: CacheSize, channels: int, width: int, state: tuple[int, ...]) -> None:
-        self.conv = torch.zeros(size.batch, channels, width - 1, device=size.device, dtype=size.dtype)
+        self.width = width
+        self.conv = torch.zeros(size.batch, channels, width + size.draft, device=size.device, dtype=size.dtype)
         self.state = torch.zeros(size.batch, *state, device=size.device, dtype=torch.float32)
-        self._inputs: Tensor | None = None  # of the last reversible call: history and new inputs
-        self._states: list[Tensor] = []  # before it, and after each of its tokens
+        self._states: list[Tensor] = []  # before the last reversible call, and after each of its tokens
 
     def before(self, x: Tensor, at: Tokens) -> Tensor:
         """Inputs of a convolution over time, `[B, T, channels]`, behind those it remembers: `[B, channels, W - 1 + T]`."""
-        seen = torch.cat([self.conv, x.transpose(1, 2)], -1)
-        self._inputs = seen if at.reversible else None
-        if at.fixed:
-            assert at.real is not None
-            self.conv.copy_(seen[..., 1:].where(at.real.unsqueeze(-1), self.conv))
-        else:
-            self._remember(seen, at.counts)
+        ring, device = self.conv.shape[-1], x.device
+        start = at.positions[:, :1]
+        old = (start + torch.arange(1 - self.width, 0, device=device)) % ring
+        kept = self.conv.gather(-1, old.unsqueeze(1).expand(-1, x.shape[-1], -1))
+        seen = torch.cat([kept, x.transpose(1, 2)], -1)
+        end = start + (at.length if at.real is None else at.real.sum(-1, keepdim=True))
+        latest = end - 1 - (end - 1 - torch.arange(ring, device=device)) % ring  # position that belongs in each column
+        new = seen.gather(-1, (latest - start + self.width - 1).clamp(min=0).unsqueeze(1).expand_as(self.conv))
+        self.conv.copy_(new.where((latest >= start).unsqueeze(1), self.conv))
         return seen
 
     def scan(self, run: Callable[..., Tensor], inputs: Sequence[Tensor], at: Tokens) -> Tensor:
@@ -345,17 +351,36 @@ class RecurrentCache:
         if not at.reversible:
             self._states = []
             return run(*inputs, self.state)
-        outputs, self._states = [], [self.state.clone()]
-        for t in range(at.length):
-            outputs.append(run(*(x[:, :, t : t + 1] for x in inputs), self.state))
+        outputs = (run(*(x[:, :, t : t + 1] for x in inputs), self.state) for t in range(at.length))
+        return torch.cat(list(self._keeping_states(outputs)), 2)
+
+    def step(self, run: Callable[..., Tensor], inputs: Sequence[Tensor], at: Tokens) -> Tensor:
+        """`run(*inputs, conv, state, positions, real)` for each token alone, `[B, T, ...]`; else as `scan`.
+
+        `run` updates the ring and the state in place, and returns `[B, 1, ...]`.
+        """
+        outputs = (
+            run(
+                *(x[:, t : t + 1] for x in inputs), self.conv, self.state, at.positions[:, t : t + 1],
+                None if at.real is None else at.real[:, t : t + 1],
+            )
+            for t in range(at.length)
+        )  # fmt: skip
+        if at.reversible:
+            return torch.cat(list(self._keeping_states(outputs)), 1)
+        self._states = []
+        return next(outputs) if at.length == 1 else torch.cat(list(outputs), 1)
+
+    def _keeping_states(self, outputs: Iterator[Tensor]) -> Iterator[Tensor]:
+        """The same, of one token each, and the states between them kept."""
+        self._states = [self.state.clone()]
+        for output in outputs:
             self._states.append(self.state.clone())
-        return torch.cat(outputs, 2)
+            yield output
 
     def keep(self, counts: Sequence[int]) -> None:
         """Go back to where each sequence was after `counts[b]` tokens of the last call, which must have been reversible."""
-        assert self._inputs is not None
         assert self._states
-        self._remember(self._inputs, counts)
         for row, count in enumerate(counts):
             self.state[row] = self._states[count][row]
 
@@ -363,12 +388,3 @@ class RecurrentCache:
         """Nothing came before."""
         self.conv.zero_()
         self.state.zero_()
-
-    def _remember(self, seen: Tensor, counts: Sequence[int]) -> None:
-        """The `W - 1` inputs before the one that comes after `counts[b]` new ones."""
-        width = self.conv.shape[-1]
-        if len(set(counts)) == 1:
-            self.conv.copy_(seen[..., counts[0] : counts[0] + width])
-        else:
-            columns = torch.tensor(counts, device=seen.device).view(-1, 1, 1) + torch.arange(width, device=seen.device)
-            self.conv.copy_(seen.gather(-1, columns.expand_as(self.conv)))
