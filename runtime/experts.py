@@ -5,6 +5,7 @@ E experts, k of them for each token, T tokens, H hidden size.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -13,7 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from runtime.fixed import in_fixed_step
+from runtime.kernels.table import Stack, prepare_experts
 from runtime.layers import Linear, QuantizedLinear
+from runtime.nonlinear import ReLU2, SwiGLU
 
 if TYPE_CHECKING:
     from runtime.builder import LayerBuilder
@@ -26,7 +29,9 @@ class ExpertLinears(nn.Module):
         super().__init__()
         self._make = make
         self._experts: dict[int, Linear] = {}
-        for name, one in make().named_parameters():
+        like = make()
+        self._quantized = (like.spec, like.activations) if isinstance(like, QuantizedLinear) else None
+        for name, one in like.named_parameters():
             stack = torch.empty(count, *one.shape, dtype=one.dtype, device=one.device)
             self.register_parameter(name, nn.Parameter(stack, requires_grad=False))
 
@@ -48,6 +53,10 @@ class ExpertLinears(nn.Module):
         if isinstance(layer, QuantizedLinear):
             layer.without_reading()
         return layer
+
+    def stack(self) -> Stack | None:
+        """Entry, activations and tensors for a kernel; None for experts that are not quantised."""
+        return None if self._quantized is None else (*self._quantized, dict(self.named_parameters()))
 
 
 @dataclass(frozen=True)
@@ -83,7 +92,7 @@ class Experts(nn.Module):
         count: int,
         inner: int,
         hidden: int,
-        activation: Callable[..., Tensor],
+        activation: SwiGLU | ReLU2,
         gated: bool = True,
     ) -> None:
         super().__init__()
@@ -95,8 +104,11 @@ class Experts(nn.Module):
     def forward(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
         """`x` `[T, H]`, `chosen` int64 `[T, k]`, `weights` `[T, k]`; returns `[T, H]` in the dtype of `x`.
 
-        Experts run one after another on the tokens that chose them; sums are in float32.
+        Bfloat16 goes to a kernel where `kernels.table` has one for the device.  Otherwise experts run one after another on the
+        tokens that chose them; sums are in float32.
         """
+        if x.dtype == torch.bfloat16 and len(x) and self._kernel is not None:
+            return self._kernel(x, chosen, weights)
         if in_fixed_step():
             return self._slot_by_slot(x, chosen, weights)
         order = chosen.flatten().argsort(stable=True)
@@ -120,3 +132,11 @@ class Experts(nn.Module):
                 inner = self.activation(*self.first.gathered(expert, x[token : token + 1]))
                 y[token] += self.down_proj.gathered(expert)(inner)[0].float() * weights[token, slot].float()
         return y.to(x.dtype)
+
+    @functools.cached_property
+    def _kernel(self) -> Callable[[Tensor, Tensor, Tensor], Tensor] | None:
+        """All experts on the device of their weights, None where there is nothing for them."""
+        first, down = [stack.stack() for stack in self.first.stacks], self.down_proj.stack()
+        if len(first) != 1 or first[0] is None or down is None:
+            return None
+        return prepare_experts(first[0], down, self.activation)

@@ -155,7 +155,7 @@ def fp8(name: str, tokens: int, block: bool = False, x_scale: int = 0, split: in
 
 def nvfp4(name: str, tokens: int, K: int = 5120, split: int = 2, **more: Any) -> Build:
     """One form of `nvfp4_linear_kernel`, cut as `SHAPES` says."""
-    pointers = {"x": "i32", "weight": "i32", "block_scale": "u8" if K % 128 else "i32", "selectors": "i32", "scale": "f32"}
+    pointers = {"x": "i32", "weight": "i32", "block_scale": "u8" if K % 64 else "i32", "selectors": "i32", "scale": "f32"}
     pointers |= {"out": "bf16", "work": "f32", "count": "i32"}
     rows = 128 if tokens <= 16 else 64
     constants = {
@@ -186,6 +186,34 @@ def attention(name: str, heads: int, G: int, D: int, scales: int = 0, ring: bool
     )  # fmt: skip
 
 
+def experts(
+    scheme: str, name: str, N: int, K: int, tokens: int = 0, act: int = 1, x_scale: int = 0, block: bool = False,
+    split: int = 1, codes: bool = False, **more: Any,
+) -> Build:  # fmt: skip
+    """One form of `fp8_experts_kernel` or `nvfp4_experts_kernel`.  `tokens`: width of the blocks, 0: a slot per program."""
+    fp8_ = scheme == "fp8"
+    pointers = {"chosen": "i64", "work": "f32", "count": "i32", "scale": "f32", "scale_row": "i32"}
+    pointers |= {"out": "f8" if codes else "bf16"}
+    pointers |= {"order": "i32", "table": "i32"} if tokens else {}
+    pointers |= {"share": "f32"} if act == 0 and not tokens else {}
+    pointers |= {"out_scale": "f32"} if codes else {}
+    pointers |= {"x_scale": "f32"} if x_scale else {}
+    words = dict.fromkeys(("x", "weight", "selectors", "block_scale"), "i32")
+    pointers |= {"x": "f8" if x_scale else "bf16", "weight": "f8"} if fp8_ else words
+    rows, warps = 128 if not fp8_ and tokens == 16 else 64, 4 if tokens == 64 else 2
+    constants = {
+        "N": N, "K": K, "SHARED": 8, "PER_TOKEN": 8, "ROWS": rows, "TOKENS": tokens or 8, "SPLIT": split,
+        "STEPS": -(-K // (128 * split)), "ACT": act, "LIMIT": None, "INTERPRETED": False,
+    }  # fmt: skip
+    constants |= {"SCALES": 64, "BLOCK": block, "X_SCALE": x_scale} if fp8_ else {"SCALES": 2}
+    kernel = f"runtime.kernels.{scheme}_experts:{scheme}_experts_kernel"
+    optional = ("order", "table", "share", *(("out_scale", "x_scale") if fp8_ else ()))
+    constants |= {argument: None for argument in optional if argument not in pointers}
+    limit = {0: 128, 64: 224}.get(tokens) if fp8_ else None
+    name = f"{scheme} experts {name}, {f'blocks of {tokens}' if tokens else 'slots'}"
+    return Build(name, kernel, pointers, constants, warps, 4, limit, rows * 128, **({"budget": 7.8 if fp8_ else 4.4} | more))
+
+
 QUANTIZE = {"x": "bf16", "codes": "f8", "scales": "f32"}
 BUILDS = [
     fp8("W8A16 rows", 8, split=1),
@@ -201,13 +229,28 @@ BUILDS = [
     nvfp4("W4A16", 8, split=1),
     nvfp4("W4A16", 16),
     nvfp4("W4A16", 32, budget=5.2),
-    nvfp4("W4A16, K ends inside a step", 8, K=1856, budget=6.0),
+    nvfp4("W4A16, K ends inside a step", 8, K=1856),
+    experts("fp8", "first, W8A16", 1024, 2048, split=4),
+    experts("fp8", "first, W8A8 groups", 1024, 2048, x_scale=3, block=True, split=4),
+    experts("fp8", "first, W8A8 to codes", 1856, 2688, act=2, x_scale=1, codes=True),
+    experts("fp8", "down, W8A8 groups", 2048, 512, act=0, x_scale=3, block=True),
+    experts("fp8", "down, W8A8, K ends inside a step", 2688, 1856, act=0, x_scale=1),
+    experts("fp8", "first, W8A8 groups", 1024, 2048, 16, x_scale=3, block=True),
+    experts("fp8", "first, W8A8 groups", 1024, 2048, 64, x_scale=3, block=True),
+    experts("fp8", "down, W8A16", 2048, 512, 64, act=0),
     Build("fp8 quantise groups", "runtime.kernels.fp8_quantize:quantize_groups_kernel", QUANTIZE,
-          {"K": 5120, "GROUPS": 8, "STATIC": False, "E8M0": True}),
+          {"K": 5120, "GROUPS": 8, "STATIC": False, "E8M0": True, "SHARED": 1, "chosen": None}),
     Build("fp8 quantise tokens", "runtime.kernels.fp8_quantize:quantize_tokens_kernel", QUANTIZE,
           {"K": 5120, "STEP": 4096}, warps=8),
+    experts("nvfp4", "first, W4A16", 1024, 2048, split=4),
+    experts("nvfp4", "down, W4A16", 2048, 512, act=0),
+    experts("nvfp4", "down, W4A16, K ends inside a step", 2688, 1856, act=0),
+    experts("nvfp4", "first, W4A16", 1024, 2048, 16),
+    experts("nvfp4", "first, W4A16", 1024, 2048, 32, budget=5.2),
+    Build("sum over experts", "runtime.kernels.slots:combine_kernel", {"parts": "bf16", "share": "f32", "out": "bf16"},
+          {"H": 2048, "PER_TOKEN": 8, "STEP": 1024}),
     Build("nvfp4 quantise", "runtime.kernels.nvfp4_quantize:quantize_kernel",
-          {"x": "bf16", "out": "bf16", "input_scale": "f32"}, {"K": 5120, "GROUPS": 64}),
+          {"x": "bf16", "out": "bf16", "input_scale": "f32"}, {"K": 5120, "GROUPS": 64, "SHARED": 1, "chosen": None}),
     attention("heads of 256", 4, 6, 256),
     attention("heads of 256, FP8, whole", 2, 8, 256, scales=1, ranges=1),
     attention("heads of 128, FP8 by head", 2, 16, 128, scales=2),

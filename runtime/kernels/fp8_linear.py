@@ -113,6 +113,49 @@ def reference(x: Tensor, spec: ModuleSpec, tensors: Mapping[str, Tensor]) -> Ten
 
 
 @triton.jit
+def sum_products(
+    inputs: tl.tensor, live: tl.tensor, x_scales: tl.tensor, weights: tl.tensor, scales: tl.tensor, first: tl.tensor,
+    K: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, SPLIT: tl.constexpr, STEPS: tl.constexpr,
+    CODES: tl.constexpr, INTERPRETED: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
+    """Float32 `[ROWS, TOKENS]`: products of rows and inputs, summed over the `STEPS` steps of 128 from step `first`.
+
+    Pointers to where each row or token begins: `weights` `[ROWS]`, `inputs` `[TOKENS]`, of which those that are not `live`
+    count as 0 (`CODES`: E4M3 codes, else bfloat16).  `scales` `[ROWS]`, `x_scales` `[TOKENS]`, or None: a scale per step.
+    """
+    STEP: tl.constexpr = 128
+    COLUMNS: tl.constexpr = (K + 127) // 128
+    WHOLE: tl.constexpr = SPLIT * STEPS * STEP == K  # no step reaches beyond K
+    k = first * STEP + tl.arange(0, STEP)
+    weights = weights[:, None] + k[None, :]
+    inputs = inputs[:, None] + k[None, :]
+    sums = tl.zeros((ROWS, TOKENS), tl.float32)
+    for step in range(STEPS):
+        if WHOLE:
+            w = tl.load(weights)
+            a = tl.load(inputs, mask=live[:, None], other=0.0)
+        else:
+            inside = k + step * STEP < K
+            w = tl.load(weights, mask=inside[None, :], other=0.0)
+            a = tl.load(inputs, mask=live[:, None] & inside[None, :], other=0.0)
+        if INTERPRETED:
+            product = tl.dot(w.to(tl.float32), tl.trans(a.to(tl.float32)), input_precision="ieee")
+        elif CODES:
+            product = tl.dot(w.to(tl.float16), tl.trans(a.to(tl.float16)))
+        else:
+            product = tl.dot(w.to(tl.float32).to(tl.bfloat16), tl.trans(a))
+        column = tl.minimum(first + step, COLUMNS - 1)  # beyond K products are 0
+        if scales is not None:
+            product *= tl.load(scales + column)[:, None]
+        if x_scales is not None:
+            product *= tl.load(x_scales + column)[None, :]
+        sums += product
+        weights += STEP
+        inputs += STEP
+    return sums
+
+
+@triton.jit
 def finish(
     sums: tl.tensor, out: tl.tensor, scale: tl.tensor, x_scale: tl.tensor, bias: tl.tensor,
     M: tl.tensor, N: tl.tensor, out_N: tl.tensor,
@@ -145,41 +188,15 @@ def fp8_linear_kernel(
     `BLOCK`: `scale` is `[blocks, ceil(K / 128)]` and `block_row` int32 `[N]`, else `scale` is `[N]`.  `X_SCALE`: 0 for
     bfloat16 input; else `x` holds codes with 1: one scale, 2: a scale per token, 3: per token and 128 inputs.
     """
-    STEP: tl.constexpr = 128
-    COLUMNS: tl.constexpr = (K + 127) // 128
-    WHOLE: tl.constexpr = SPLIT * STEPS * STEP == K  # no step reaches beyond K
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     row = tl.minimum(row, N - 1)  # the last tile repeats a row instead of masking every load
     token = tl.arange(0, TOKENS)
-    first = tl.program_id(1) * STEPS
-    k = first * STEP + tl.arange(0, STEP)
-    weights = weight + row.to(tl.int64)[:, None] * K + k[None, :]
-    inputs = x + token[:, None] * K + k[None, :]
-    if BLOCK:
-        scales = scale + tl.load(block_row + row) * COLUMNS
-    sums = tl.zeros((ROWS, TOKENS), tl.float32)
-    for step in range(STEPS):
-        if WHOLE:
-            w = tl.load(weights)
-            a = tl.load(inputs, mask=(token < M)[:, None], other=0.0)
-        else:
-            inside = k + step * STEP < K
-            w = tl.load(weights, mask=inside[None, :], other=0.0)
-            a = tl.load(inputs, mask=(token < M)[:, None] & inside[None, :], other=0.0)
-        if INTERPRETED:
-            product = tl.dot(w.to(tl.float32), tl.trans(a.to(tl.float32)), input_precision="ieee")
-        elif X_SCALE == 0:
-            product = tl.dot(w.to(tl.float32).to(tl.bfloat16), tl.trans(a))
-        else:
-            product = tl.dot(w.to(tl.float16), tl.trans(a.to(tl.float16)))
-        column = tl.minimum(first + step, COLUMNS - 1)  # beyond K products are 0
-        if BLOCK:
-            product *= tl.load(scales + column)[:, None]
-        if X_SCALE == 3:
-            product *= tl.load(x_scale + tl.minimum(token, M - 1) * COLUMNS + column)[None, :]
-        sums += product
-        weights += STEP
-        inputs += STEP
+    columns: tl.constexpr = (K + 127) // 128
+    sums = sum_products(
+        x + token * K, token < M, None if X_SCALE != 3 else x_scale + tl.minimum(token, M - 1) * columns,
+        weight + row.to(tl.int64) * K, scale + tl.load(block_row + row) * columns if BLOCK else None,
+        tl.program_id(1) * STEPS, K, ROWS, TOKENS, SPLIT, STEPS, X_SCALE != 0, INTERPRETED,
+    )
     if SPLIT == 1:
         finish(sums, out, scale, x_scale, bias, M, N, out_N, ROWS, TOKENS, BLOCK, X_SCALE, BIAS)
     else:

@@ -44,16 +44,20 @@ def to_codes(x: tl.tensor, scale: tl.tensor) -> tl.tensor:
 
 @triton.jit
 def quantize_groups_kernel(
-    x: tl.tensor, codes: tl.tensor, scales: tl.tensor,
-    K: tl.constexpr, GROUPS: tl.constexpr, STATIC: tl.constexpr, E8M0: tl.constexpr,
+    x: tl.tensor, codes: tl.tensor, scales: tl.tensor, chosen: tl.tensor,
+    K: tl.constexpr, GROUPS: tl.constexpr, STATIC: tl.constexpr, E8M0: tl.constexpr, SHARED: tl.constexpr,
 ) -> None:  # fmt: skip
-    """Program (m, g): `GROUPS` groups of 128 inputs of token m.  `STATIC`: `scales` `[1]` is read, else written."""
+    """Program (m, g): `GROUPS` groups of 128 inputs of row m of the result, which is row m // `SHARED` of `x`.
+
+    `STATIC`: `scales` is read, else written: `[1]`, or with `chosen` `[M]` one per expert.
+    """
     token = tl.program_id(0)
     group = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
     at = group[:, None] * 128 + tl.arange(0, 128)[None, :]
-    values = tl.load(x + token.to(tl.int64) * K + at, mask=at < K, other=0.0).to(tl.float32)
+    values = tl.load(x + (token // SHARED).to(tl.int64) * K + at, mask=at < K, other=0.0).to(tl.float32)
     if STATIC:
-        scale = tl.load(scales + 0 * group)
+        expert = 0 if chosen is None else tl.load(chosen + token)
+        scale = tl.load(scales + expert + 0 * group)
     else:
         scale = tl.div_rn(tl.max(tl.abs(values), 1), tl.full((GROUPS,), 448.0, tl.float32))
         if E8M0:
@@ -107,5 +111,14 @@ def quantize(x: Tensor, kind: str, input_scale: Tensor | None = None) -> tuple[T
     else:
         scales = torch.empty(M, groups, dtype=torch.float32, device=x.device)
     grid = (M, -(-groups // GROUPS_AT_ONCE))
-    quantize_groups_kernel[grid](x, codes, scales, K, GROUPS_AT_ONCE, static, kind == "fp8_group_e8m0")
+    quantize_groups_kernel[grid](x, codes, scales, None, K, GROUPS_AT_ONCE, static, kind == "fp8_group_e8m0", 1)
     return codes, scales
+
+
+def quantize_for_experts(x: Tensor, input_scale: Tensor, chosen: Tensor) -> Tensor:
+    """E4M3 `[S, K]`: rows of `x` `[S / n, K]`, each n times, by the scales `[E]` of the experts `chosen`, int64 `[S]`."""
+    slots, K = chosen.numel(), x.shape[1]
+    codes = torch.empty(slots, K, dtype=torch.float8_e4m3fn, device=x.device)
+    grid = (slots, -(-K // (FP8_BLOCK * GROUPS_AT_ONCE)))
+    quantize_groups_kernel[grid](x, codes, input_scale, chosen, K, GROUPS_AT_ONCE, True, False, slots // len(x))
+    return codes

@@ -178,6 +178,56 @@ def load_scales(pointer: tl.tensor, left: tl.tensor, FIRST: tl.constexpr) -> tl.
 
 
 @triton.jit
+def sum_products(
+    inputs: tl.tensor, live: tl.tensor, weights: tl.tensor, blocks: tl.tensor, selectors: tl.tensor, first: tl.tensor,
+    K: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, SPLIT: tl.constexpr, STEPS: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
+    """Float32 `[ROWS, TOKENS]`: 2**-7 times the products of rows and inputs, over the `STEPS` steps of 128 from step `first`.
+
+    Pointers to where each row or token begins: `weights` and `blocks` `[ROWS]`, `inputs` `[TOKENS]`, of which those that are
+    not `live` count as 0.  `blocks` are words where K is a multiple of 64, else bytes.  Everything that the decoded weights
+    depend on is a load or its broadcast: only so does Triton load it from shared memory in the layout of the tensor cores
+    instead of moving decoded weights.
+    """
+    WORDS: tl.constexpr = 16
+    WHOLE: tl.constexpr = SPLIT * STEPS * 128 == K
+    PER_STEP: tl.constexpr = 2 if K % 64 == 0 else 8
+    word = tl.arange(0, WORDS)
+    weights = weights[:, None] + (first * WORDS + word)[None, :]
+    blocks = blocks[:, None] + first * PER_STEP
+    inputs = inputs[None, :] + (first * (WORDS * 4) + word * 4)[:, None]
+    live = live[None, :]
+    selector = tl.broadcast_to(tl.load(selectors + word[None, :]), (ROWS, WORDS))
+    sums = tl.zeros((ROWS, TOKENS), tl.float32)
+    for step in range(STEPS):
+        left = K // 8 - (first + step) * WORDS  # words of K that remain
+        if WHOLE:
+            w = tl.load(weights)
+            low, high = tl.load(blocks), tl.load(blocks + 1)
+        else:
+            w = tl.load(weights, mask=(word < left)[None, :], other=0)
+            rest = tl.full((ROWS, 1), 0, tl.int32) + left // 2  # scales of the row that remain
+            if K % 64 == 0:
+                low, high = tl.load(blocks, mask=rest > 0, other=0), tl.load(blocks + 1, mask=rest > 4, other=0)
+            else:
+                low, high = load_scales(blocks, rest, 0), load_scales(blocks, rest, 4)
+        low, high = tl.broadcast_to(low, (ROWS, WORDS)), tl.broadcast_to(high, (ROWS, WORDS))
+        scales = select_scales(low, high, selector, INTERPRETED)
+        for j in tl.static_range(4):
+            if WHOLE:
+                pair = tl.load(inputs + j, mask=live, other=0)
+            else:
+                pair = tl.load(inputs + j, mask=live & (word < left)[:, None], other=0)
+            sums = multiply(w, scales, pair, 2 * j, sums, INTERPRETED)
+            sums = multiply(w, scales, pair, 2 * j + 1, sums, INTERPRETED)
+        weights += WORDS
+        blocks += PER_STEP
+        inputs += WORDS * 4
+    return sums
+
+
+@triton.jit
 def finish(
     sums: tl.tensor, out: tl.tensor, scale: tl.tensor, bias: tl.tensor, M: tl.tensor, N: tl.tensor, out_N: tl.tensor,
     ROWS: tl.constexpr, TOKENS: tl.constexpr, BIAS: tl.constexpr,
@@ -202,44 +252,18 @@ def nvfp4_linear_kernel(
     """Program (tile of rows, range of K).
 
     Int32 words: `x` `[M, K / 2]` pairs of bfloat16, `weight` `[N, K / 8]`, `block_scale` `[N, K / 64]`, or bytes `[N, K / 16]`
-    where the steps do not end at K.  `selectors` `[16]`: for each word of a step, its block four times, one per nibble.
+    where K is no multiple of 64.  `selectors` `[16]`: for each word of a step, its block four times, one per nibble.
     `scale`: float32 `[N]`.  Everything that the decoded weights depend on is a load or its broadcast: only so does Triton
     load it from shared memory in the layout of the tensor cores instead of moving decoded weights.
     """
-    WORDS: tl.constexpr = 16
-    WHOLE: tl.constexpr = SPLIT * STEPS * 128 == K
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    row = tl.minimum(row, N - 1).to(tl.int64)[:, None]  # the last tile repeats a row instead of masking every load
-    token = tl.arange(0, TOKENS)[None, :]
-    first = tl.program_id(1) * STEPS
-    word = tl.arange(0, WORDS)
-    weights = weight + row * (K // 8) + (first * WORDS + word)[None, :]
-    blocks = block_scale + row * (K // 64 if WHOLE else K // 16) + first * (2 if WHOLE else 8)
-    inputs = x + token * (K // 2) + (first * (WORDS * 4) + word * 4)[:, None]
-    selector = tl.broadcast_to(tl.load(selectors + word[None, :]), (ROWS, WORDS))
-    sums = tl.zeros((ROWS, TOKENS), tl.float32)
-    for step in range(STEPS):
-        left = K // 8 - (first + step) * WORDS  # words of K that remain
-        if WHOLE:
-            w = tl.load(weights)
-            low = tl.load(blocks)
-            high = tl.load(blocks + 1)
-        else:
-            w = tl.load(weights, mask=(word < left)[None, :], other=0)
-            low = load_scales(blocks, tl.full((ROWS, 1), 0, tl.int32) + left // 2, 0)
-            high = load_scales(blocks, tl.full((ROWS, 1), 0, tl.int32) + left // 2, 4)
-        low, high = tl.broadcast_to(low, (ROWS, WORDS)), tl.broadcast_to(high, (ROWS, WORDS))
-        scales = select_scales(low, high, selector, INTERPRETED)
-        for j in tl.static_range(4):
-            if WHOLE:
-                pair = tl.load(inputs + j, mask=token < M, other=0)
-            else:
-                pair = tl.load(inputs + j, mask=(token < M) & (word < left)[:, None], other=0)
-            sums = multiply(w, scales, pair, 2 * j, sums, INTERPRETED)
-            sums = multiply(w, scales, pair, 2 * j + 1, sums, INTERPRETED)
-        weights += WORDS
-        blocks += 2 if WHOLE else 8
-        inputs += WORDS * 4
+    row = tl.minimum(row, N - 1).to(tl.int64)  # the last tile repeats a row instead of masking every load
+    token = tl.arange(0, TOKENS)
+    words_per_row: tl.constexpr = K // 64 if K % 64 == 0 else K // 16
+    sums = sum_products(
+        x + token * (K // 2), token < M, weight + row * (K // 8), block_scale + row * words_per_row, selectors,
+        tl.program_id(1) * STEPS, K, ROWS, TOKENS, SPLIT, STEPS, INTERPRETED,
+    )
     if SPLIT == 1:
         finish(sums, out, scale, bias, M, N, out_N, ROWS, TOKENS, BIAS)
     else:
@@ -252,6 +276,11 @@ def nvfp4_linear_kernel(
 def word_selectors(device: torch.device) -> Tensor:
     """Int32 `[16]`: for each word of 128 weights the block scale that it uses, once per nibble of a byte selector."""
     return (torch.arange(16, dtype=torch.int32, device=device) // 2) * 0x1111
+
+
+def scale_words(scale: Tensor) -> Tensor:
+    """Block scales `[..., K / 16]` as the kernel takes them: int32 `[..., K / 64]`, or uint8 where K is no multiple of 64."""
+    return scale.contiguous().view(torch.int32 if scale.shape[-1] % 4 == 0 else torch.uint8)
 
 
 def prepare(spec: ModuleSpec, tensors: Mapping[str, Tensor]) -> Callable[..., Tensor]:
@@ -269,7 +298,7 @@ def prepare(spec: ModuleSpec, tensors: Mapping[str, Tensor]) -> Callable[..., Te
     scale = scale[row_partitions(rows, device)]
     runs = input_runs(rows, tensors["input_scale"] if quantized else None)
     words = tensors["weight"].view(torch.int32)  # K is a multiple of 16
-    bytes_ = tensors["weight_scale"].view(torch.uint8)
+    block_scale = scale_words(tensors["weight_scale"])
 
     def linear(x: Tensor, out: Tensor | None = None, tiles: Tiles | None = None) -> Tensor:
         x = x.contiguous()
@@ -283,9 +312,8 @@ def prepare(spec: ModuleSpec, tensors: Mapping[str, Tensor]) -> Callable[..., Te
         for input_scale, start, stop in runs:
             inputs = x if input_scale is None else quantize(x, input_scale)
             cut = tiles or choose_tiles(SHAPES, M, stop - start, K, multiprocessors(device))
-            whole = cut.split * cut.steps * 128 == K
             nvfp4_linear_kernel[(-(-(stop - start) // cut.rows), cut.split)](
-                inputs.view(torch.int32), words[start:stop], (bytes_.view(torch.int32) if whole else bytes_)[start:stop],
+                inputs.view(torch.int32), words[start:stop], block_scale[start:stop],
                 word_selectors(device), scale[start:stop], None if bias is None else bias[start:stop],
                 result[:, start:stop], workspace(cut, stop - start, device), counters(device), M, stop - start, N,
                 K, cut.rows, cut.tokens, cut.split, cut.steps, bias is not None, INTERPRETED,

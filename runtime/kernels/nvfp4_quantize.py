@@ -30,12 +30,18 @@ def round_to_e2m1(x: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
-def quantize_kernel(x: tl.tensor, out: tl.tensor, input_scale: tl.tensor, K: tl.constexpr, GROUPS: tl.constexpr) -> None:
-    """Program (m, g): `GROUPS` groups of 16 inputs of token m."""
+def quantize_kernel(
+    x: tl.tensor, out: tl.tensor, input_scale: tl.tensor, chosen: tl.tensor,
+    K: tl.constexpr, GROUPS: tl.constexpr, SHARED: tl.constexpr,
+) -> None:  # fmt: skip
+    """Program (m, g): `GROUPS` groups of 16 inputs of row m of the result, which is row m // `SHARED` of `x`.
+
+    `input_scale`: `[1]`, or with `chosen` `[M]` one per expert.
+    """
     token = tl.program_id(0).to(tl.int64)
     at = (tl.program_id(1) * GROUPS + tl.arange(0, GROUPS))[:, None] * 16 + tl.arange(0, 16)[None, :]
-    values = tl.load(x + token * K + at, mask=at < K, other=0.0).to(tl.float32)
-    outer = tl.load(input_scale)
+    values = tl.load(x + token // SHARED * K + at, mask=at < K, other=0.0).to(tl.float32)
+    outer = tl.load(input_scale if chosen is None else input_scale + tl.load(chosen + token))
     amax = tl.max(tl.abs(values), 1)
     inner = round_to_e4m3(tl.minimum(tl.div_rn(tl.div_rn(amax, tl.full((GROUPS,), 6.0, tl.float32)), outer), 448.0))
     scale = inner * outer
@@ -49,5 +55,14 @@ def quantize(x: Tensor, input_scale: Tensor) -> Tensor:
     assert x.is_contiguous()
     out = torch.empty(M, K, dtype=torch.bfloat16, device=x.device)
     grid = (M, -(-K // (NVFP4_GROUP * GROUPS_AT_ONCE)))
-    quantize_kernel[grid](x, out, input_scale, K, GROUPS_AT_ONCE)
+    quantize_kernel[grid](x, out, input_scale, None, K, GROUPS_AT_ONCE, 1)
+    return out
+
+
+def quantize_for_experts(x: Tensor, input_scale: Tensor, chosen: Tensor) -> Tensor:
+    """Bfloat16 `[S, K]`: rows of `x` `[S / n, K]`, each n times, by the scales `[E]` of the experts `chosen`, int64 `[S]`."""
+    slots, K = chosen.numel(), x.shape[1]
+    out = torch.empty(slots, K, dtype=torch.bfloat16, device=x.device)
+    grid = (slots, -(-K // (NVFP4_GROUP * GROUPS_AT_ONCE)))
+    quantize_kernel[grid](x, out, input_scale, chosen, K, GROUPS_AT_ONCE, slots // len(x))
     return out

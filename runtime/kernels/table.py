@@ -20,7 +20,8 @@ from runtime.format import SCHEMES, ModuleSpec
 
 FEW_TOKENS = 64  # rows of input that "linear, few tokens" takes
 LINEAR, FEW = "linear", f"linear, up to {FEW_TOKENS} tokens"
-OPERATIONS = (FEW, LINEAR)
+EXPERTS = "experts"
+OPERATIONS = (FEW, LINEAR, EXPERTS)
 ATTEND = "attention, one token"
 TORCH = "torch"
 FP8_INPUTS = (None, "fp8_static", "fp8_tensor", "fp8_token", "fp8_group", "fp8_group_e8m0")
@@ -52,6 +53,15 @@ ROWS = (
     Row(
         ("nvfp4",), (FEW,), (None, "nvfp4"), (90, 110), "runtime.kernels.nvfp4_linear",
         "reads each code once and decodes it in registers",
+    ),
+    Row(
+        ("fp8_tensor", "fp8_channel", "fp8_block"), (EXPERTS,),
+        (None, "fp8_static", "fp8_token", "fp8_group", "fp8_group_e8m0"), (90, 110), "runtime.kernels.fp8_experts",
+        "two launches for all experts, which are chosen on the device",
+    ),
+    Row(
+        ("nvfp4",), (EXPERTS,), (None, "nvfp4"), (90, 110), "runtime.kernels.nvfp4_experts",
+        "two launches for all experts, which are chosen on the device",
     ),
     Row(
         ("kv bf16", "kv fp8"), (ATTEND,), (None,), (90, 110), "runtime.kernels.attention_decode",
@@ -125,4 +135,18 @@ def prepare(
     if row.module == TORCH:
         return None
     function: Callable[[Tensor], Tensor] = import_module(row.module).prepare(replace(spec, activations=activations), tensors)
+    return function
+
+
+Stack = tuple[ModuleSpec, str | None, Mapping[str, Tensor]]  # linears of all experts: entry, activations, tensors by role
+
+
+def prepare_experts(first: Stack, down: Stack, activation: object) -> Callable[[Tensor, Tensor, Tensor], Tensor] | None:
+    """The function that runs all experts of a layer where their tensors are, for `Experts.forward`; None where torch does."""
+    (row, _), (other, _) = (choose(spec.scheme, kind, EXPERTS, machine(t["weight"].device)) for spec, kind, t in (first, down))
+    if row.module == TORCH or other is not row:
+        return None
+    specs = (replace(spec, activations=kind) for spec, kind, _ in (first, down))
+    function: Callable[[Tensor, Tensor, Tensor], Tensor] | None
+    function = import_module(row.module).prepare(*specs, first[2], down[2], activation)
     return function

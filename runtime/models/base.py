@@ -7,7 +7,6 @@ from dataclasses import replace
 from typing import Any, ClassVar, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from runtime.architecture import Architecture
@@ -16,6 +15,7 @@ from runtime.fixed import fixed_step
 from runtime.format import CONFIG_FILE, CanonicalConfig, FormatError
 from runtime.layers import Linear
 from runtime.machine import check_memory
+from runtime.nonlinear import swiglu
 from runtime.rotary import Rope
 from runtime.state import Cache, CacheSize, State, Tokens
 
@@ -28,16 +28,6 @@ class DecoderLayer(Protocol):
 
     def new_cache(self, size: CacheSize) -> Cache | None:
         """An empty cache, or None for a layer that remembers nothing."""
-
-
-def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """`silu(gate) * up`."""
-    return F.silu(gate) * up
-
-
-def relu2(up: Tensor) -> Tensor:
-    """`max(up, 0)` squared."""
-    return F.relu(up).square()
 
 
 class GatedMLP(nn.Module):

@@ -20,7 +20,8 @@ from runtime.convolution import CausalConv1d
 from runtime.experts import Experts
 from runtime.kernels.ssd import ssd
 from runtime.layers import Linear, stored
-from runtime.models.base import CausalLM, Draft, Trunk, relu2
+from runtime.models.base import CausalLM, Draft, Trunk
+from runtime.nonlinear import relu2
 from runtime.norms import GroupedRMSNorm, LateRoundingRMSNorm
 from runtime.rotary import split_heads
 from runtime.state import Cache, CacheSize, KVCache, RecurrentCache, Tokens

@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 from runtime.builder import LayerBuilder
 from runtime.experts import Experts
-from runtime.models.base import GatedMLP, swiglu
+from runtime.models.base import GatedMLP
 from runtime.models.qwen3_5 import HybridArchitecture, HybridLM
 from runtime.models.qwen3_moe import Router, check_experts
+from runtime.nonlinear import swiglu
 
 
 @dataclass(frozen=True)

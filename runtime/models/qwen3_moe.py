@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from runtime.architecture import refused
 from runtime.builder import LayerBuilder
 from runtime.experts import Experts
-from runtime.models.base import GatedMLP, swiglu
+from runtime.models.base import GatedMLP
 from runtime.models.qwen3 import Attention, AttentionArchitecture, AttentionLM, Layer
+from runtime.nonlinear import swiglu
 
 
 @dataclass(frozen=True)

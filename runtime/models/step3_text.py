@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from runtime.architecture import Architecture, refused
 from runtime.builder import LayerBuilder
 from runtime.experts import Experts
-from runtime.models.base import CausalLM, GatedMLP, Trunk, swiglu
+from runtime.models.base import CausalLM, GatedMLP, Trunk
 from runtime.models.qwen3_moe import Router, check_experts
+from runtime.nonlinear import swiglu
 from runtime.norms import RMSNorm
 from runtime.rotary import Rope, split_heads
 from runtime.state import CacheSize, KVCache, KVFormat, Tokens

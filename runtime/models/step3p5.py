@@ -6,12 +6,10 @@ Full and sliding attention have different numbers of heads, and layers their own
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from runtime.architecture import refused
@@ -20,6 +18,7 @@ from runtime.experts import Experts
 from runtime.layers import Linear, stored
 from runtime.models.base import CausalLM, Draft, GatedMLP, Trunk
 from runtime.models.step3_text import Layer, StepArchitecture, StepAttention
+from runtime.nonlinear import SwiGLU
 from runtime.norms import ZeroCenteredRMSNorm
 from runtime.rotary import Rope, split_heads
 from runtime.state import KVCache, Tokens
@@ -112,14 +111,9 @@ def entry(name: str, values: tuple[V, ...], index: int) -> V:
     return values[index]
 
 
-def clipped_swiglu(limits: tuple[float | None, ...] | None, index: int) -> Callable[[Tensor, Tensor], Tensor]:
-    """`min(silu(gate), limit) * clamp(up, -limit, limit)` for layer `index`; 0, null and no entry are no limit."""
-    limit = (limits[index] if limits is not None and index < len(limits) else None) or torch.inf
-
-    def activation(gate: Tensor, up: Tensor) -> Tensor:
-        return F.silu(gate).clamp(max=limit) * up.clamp(-limit, limit)
-
-    return activation
+def clipped_swiglu(limits: tuple[float | None, ...] | None, index: int) -> SwiGLU:
+    """The activation of layer `index`; 0, null and no entry are no limit."""
+    return SwiGLU((limits[index] if limits is not None and index < len(limits) else None) or None)
 
 
 class Attention(StepAttention):

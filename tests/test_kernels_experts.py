@@ -1,0 +1,134 @@
+"""Kernels of experts without a GPU: both stages in Triton's interpreter against float64, and the layer that uses them."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import pytest
+import torch
+from torch import Tensor
+
+from runtime.builder import LayerBuilder
+from runtime.experts import Experts
+from runtime.format import CanonicalConfig, ModuleSpec
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+from runtime.kernels import fp8_experts, fp8_linear, nvfp4_experts, nvfp4_linear, slots, table, tiles
+from runtime.kernels.cases import ExpertCase
+
+CPU = torch.device("cpu")
+LINEARS = {fp8_experts: fp8_linear, nvfp4_experts: nvfp4_linear}
+TOLERANCE = 4e-6  # of the largest result: sums may be above the limit of a clipped activation
+TINY = [(module, case) for module in LINEARS for case in module.CASES if case.tiny]
+
+
+def label(value: object) -> str | None:
+    return str(value) if isinstance(value, ExpertCase) else None
+
+
+def inputs(rows: int, columns: int) -> Tensor:
+    """Bfloat16 rows of different size."""
+    x = torch.randn(rows, columns, generator=torch.Generator().manual_seed(rows))
+    return (x * torch.logspace(0, 1, rows)[:, None]).bfloat16()
+
+
+def builder(modules: dict[str, ModuleSpec]) -> LayerBuilder:
+    """For a network with these modules."""
+    return LayerBuilder(CanonicalConfig("test", {}, modules, {}, {}, (), {}), CPU, torch.bfloat16)
+
+
+def check(module: ModuleType, case: ExpertCase, T: int, tokens: int | None = None, cut: tiles.Tiles | None = None) -> None:
+    """Both stages with fresh inputs and poisoned outputs; `tokens`: width of the blocks, None: each slot by itself."""
+    (first, down), (a, b) = case.specs(), case.tensors(CPU, T)
+    run, (chosen, share) = module.prepare(first, down, a, b, case.activation()), case.chosen(T, CPU, T)
+    blocks = None if tokens is None else slots.sort_slots(chosen, case.E, tokens)
+    reference = LINEARS[module].reference
+
+    x = inputs(T, case.H)
+    expected = slots.reference(reference, x, chosen, first, a, case.activation())
+    found = torch.full(expected.shape, torch.nan)
+    run.first(x, slots.Launch(chosen, None, blocks), found, cut)
+    assert (found - expected).abs().max() < TOLERANCE * expected.abs().max()
+    if run.codes:
+        scale = b["input_scale"][chosen.flatten()]
+        codes = torch.full(expected.shape, -1.0).to(torch.float8_e4m3fn)
+        run.first(x, slots.Launch(chosen, None, blocks, run.down.input_scale), codes, cut)
+        assert torch.equal(codes.float(), (found / scale).clamp(-448, 448).to(torch.float8_e4m3fn).float())
+
+    h = inputs(chosen.numel(), case.inner)
+    each = slots.reference(reference, h, chosen, down, b, None)
+    expected = (each.unflatten(0, share.shape) * share.double().unsqueeze(-1)).sum(1)
+    found = torch.full(expected.shape, torch.nan)
+    if blocks is None:
+        run.down(h, slots.Launch(chosen, share), found, cut)
+    else:
+        parts = torch.full(each.shape, torch.nan)
+        run.down(h, slots.Launch(chosen, None, blocks), parts, cut)
+        slots.combine(parts, share, found)
+    assert (found - expected).abs().max() < TOLERANCE * expected.abs().max()
+    assert not tiles.counters(CPU).any()  # ready for the next launch
+
+
+@pytest.mark.parametrize("T", [1, 3])
+@pytest.mark.parametrize(("module", "case"), TINY, ids=label)
+def test_slots(module: ModuleType, case: ExpertCase, T: int) -> None:
+    check(module, case, T)
+
+
+@pytest.mark.parametrize(("module", "case"), TINY[:1] + TINY[3:9:2] + TINY[8:11], ids=label)
+def test_blocks(module: ModuleType, case: ExpertCase) -> None:
+    check(module, case, 5, tokens=4, cut=tiles.Tiles(64, 4, 1, -(-max(case.H, case.inner) // 128), 2, 2))
+
+
+def test_blocks_hold_every_slot_once() -> None:
+    """Also where an expert has none, and where one has more than a block; empty blocks come last."""
+    chosen = torch.tensor([[5, 1], [1, 0], [1, 5], [5, 1], [3, 1]])
+    blocks = slots.sort_slots(chosen, 6, 2)
+    rows, taken = blocks.table.tolist(), []
+    for expert, start, stop in rows:
+        assert stop - start <= 2
+        assert all(chosen.flatten()[slot] == expert for slot in blocks.order[start:stop])
+        taken += blocks.order[start:stop].tolist()
+    assert sorted(taken) == list(range(10))
+    full = [stop > start for _, start, stop in rows]
+    assert full == sorted(full, reverse=True)
+
+
+LAYERS = [  # case, whether its kernel takes it
+    (fp8_experts.CASES[5], True),
+    (fp8_experts.CASES[6], True),
+    (fp8_experts.CASES[8], True),
+    (nvfp4_experts.CASES[0], True),
+    (ExpertCase("whole input", "fp8_tensor", 4, 2, 64, 128, "fp8_tensor"), False),
+]
+
+
+@pytest.mark.parametrize(("case", "taken"), LAYERS, ids=label)
+def test_the_layer_uses_the_table(case: ExpertCase, taken: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A layer that believes its CPU to be a GPU: bfloat16 takes the kernels where they know the input, float32 does not."""
+    monkeypatch.setattr(table, "machine", lambda device: table.Machine(90, True))
+    name = "gate_up_proj" if case.gated else "up_proj"
+    first, down = case.specs()
+    build = builder({f"x.{name}": first, "x.down_proj": down})
+    layer = Experts(build, "x", case.E, case.inner, case.H, case.activation(), case.gated)
+    for stack, tensors in zip((layer.first.stacks[0], layer.down_proj), case.tensors(CPU, 0), strict=True):
+        for role, tensor in tensors.items():
+            setattr(stack, role, torch.nn.Parameter(tensor, requires_grad=False))
+    x, (chosen, share) = inputs(3, case.H), case.chosen(3, CPU, 0)
+    assert (layer._kernel is not None) == taken
+    expected, found = layer(x.float(), chosen, share), layer(x, chosen, share)
+    assert found.dtype == torch.bfloat16
+    # two roundings to bfloat16, which the interpreter does by truncation, and codes of inputs that differ by one of them
+    assert (found.float() - expected).abs().max() < 0.04 * expected.abs().max()
+    assert layer(x[:0], chosen[:0], share[:0]).shape == (0, case.H)
+    assert set(layer.state_dict()) == {f"{name}.{role}" for role in case.tensors(CPU, 0)[0]} | {
+        f"down_proj.{role}" for role in case.tensors(CPU, 0)[1]
+    }
+
+
+def test_partitions_with_scales_of_their_own_are_left_to_torch() -> None:
+    case = fp8_experts.CASES[5]
+    (first, down), (a, b) = case.specs(), case.tensors(CPU, 0)
+    a["input_scale"][1, 1] *= 2
+    assert fp8_experts.prepare(first, down, a, b, case.activation()) is None
