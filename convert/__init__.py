@@ -23,6 +23,12 @@ if TYPE_CHECKING:
     from .executor import convert_checkpoint as convert_checkpoint
     from .exporter import export_checkpoint as export_checkpoint
     from .inspector import inspect_checkpoint as inspect_checkpoint
+    from .jobs import JobPlan as JobPlan
+    from .jobs import commit_jobs as commit_jobs
+    from .jobs import plan_jobs as plan_jobs
+    from .jobs import read_plan as read_plan
+    from .jobs import run_job as run_job
+    from .jobs import write_plan as write_plan
     from .plan import Plan as Plan
     from .planner import plan_conversion as plan_conversion
     from .verifier import verify_conversion as verify_conversion
@@ -32,16 +38,22 @@ __version__ = "0.1.0"
 
 _WHERE = {
     "Job": "batch",
+    "JobPlan": "jobs",
     "Plan": "plan",
     "Report": "executor",
+    "commit_jobs": "jobs",
     "convert_batch": "batch",
     "convert_checkpoint": "executor",
     "export_checkpoint": "exporter",
     "inspect_checkpoint": "inspector",
     "plan_conversion": "planner",
+    "plan_jobs": "jobs",
     "read_jobs": "batch",
+    "read_plan": "jobs",
+    "run_job": "jobs",
     "verify_conversion": "verifier",
     "verify_digests": "verifier",
+    "write_plan": "jobs",
 }
 
 __all__ = ["ConvertError", "MachineError", "Problem", "UsageError", "__version__", *sorted(_WHERE)]
