@@ -19,6 +19,7 @@ from click.shell_completion import CompletionItem
 from . import __version__
 from .errors import ConvertError, MachineError, Problem, UsageError, printable
 from .events import Events
+from .screen import adapter_line, human, screen, tensor_lines
 
 if TYPE_CHECKING:
     from .batch import JobRun
@@ -151,15 +152,6 @@ def emit(value: Any) -> None:
     click.echo(json.dumps(value, indent=2, ensure_ascii=True))
 
 
-def human(nbytes: float) -> str:
-    """A size for people."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if nbytes < 1000:
-            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
-        nbytes /= 1000
-    return f"{nbytes:.1f} TB"
-
-
 HELP = {"help_option_names": ["-h", "--help"]}
 CONTEXT = {**HELP, "auto_envvar_prefix": "QCONVERT"}  # for every command alike: --shard-size from QCONVERT_SHARD_SIZE
 
@@ -186,13 +178,6 @@ def cli() -> None:
 SUMMARY = ("family", "dialect", "tensors", "bytes")  # of a report, for the event that a conversion is done
 
 
-def _adapter_line(adapter: dict[str, Any]) -> str:
-    """One LoRA adapter, in one line."""
-    config, count = adapter["config"], len(adapter["tensors"])
-    what = f"LoRA r {config['r']}, lora_alpha {config['lora_alpha']}, {count} tensors, {human(adapter['bytes'])}"
-    return printable(f"adapter {adapter['name']}: {what}, in {adapter['directory']}/")
-
-
 def _print_plan(plan: Any) -> None:
     """A plan for people: what happens to how many tensors, with examples, then everything unusual."""
     from .plan import ACTIONS
@@ -217,7 +202,7 @@ def _print_plan(plan: Any) -> None:
     for dropped in plan.dropped:
         click.echo(f"  {printable(dropped.tensor)}: {dropped.reason}")
     for adapter in plan.adapters:
-        click.echo(f"\n{_adapter_line(adapter.to_json())}")
+        click.echo(f"\n{adapter_line(adapter.to_json())}")
         for new, info in adapter.tensors[:3]:
             click.echo(f"  {printable(info.name)}\n    -> {printable(new)} {info.dtype} {list(info.shape)}")
         if len(adapter.tensors) > 3:
@@ -315,43 +300,32 @@ def _print_report(report: Report, out_dir: str, as_json: bool) -> None:
 
 @cli.command("inspect", context_settings=CONTEXT)
 @click.argument("directory", metavar="DIR", type=Directory())
-@json_option("Print everything as JSON.")
+@click.option("--tensors", is_flag=True, help="List every stored tensor; with --json as tensor_list.")
+@json_option("Print everything as JSON (docs/inspect.md).")
+@click.option("--html", "html_file", metavar="FILE", type=click.Path(dir_okay=False), help="Write one self-contained page.")
+@click.option("--values/--no-values", default=True, show_default=True, help="Read scales too, not headers and configs alone.")
 @log_option
-def inspect_command(directory: str, as_json: bool) -> None:
-    """Say what the checkpoint in DIR is: producer, family, schemes, sizes, defects."""
-    from .inspector import inspect_checkpoint
+def inspect_command(directory: str, tensors: bool, as_json: bool, html_file: str | None, values: bool) -> None:
+    """Say what the checkpoint in DIR is: producer, family, schemes, sizes, and what is wrong with it.
 
-    facts = inspect_checkpoint(directory)
+    DIR may be any checkpoint: one to convert, a canonical one, or one that is refused (exit code 1, with the reasons).
+    """
+    from .inspector import inspect
+
+    found = inspect(directory, values=values, histograms=html_file is not None)
+    if html_file is not None:
+        from .page import write_page
+
+        write_page(html_file, found)
+    facts = found.facts
     if as_json:
-        emit(facts)
-        return
-    click.echo(f"{facts['kind']} checkpoint, {printable(facts['dialect'])} ({printable(facts['producer'])})")
-    click.echo(
-        printable(
-            f"family {facts['family']}: {facts['layers']} layers, hidden {facts['hidden_size']}, "
-            f"vocabulary {facts['vocab_size']}, head {facts['head']}"
-        )
-    )
-    click.echo(f"{facts['tensors']} tensors, {human(facts['bytes'])} in {facts['files']} files")
-    total = max(1, facts["bytes"])
-    for scheme, nbytes in facts["bytes_by_scheme"].items():
-        click.echo(f"  {scheme:<12} {human(nbytes):>10}  {100 * nbytes / total:5.1f} %")
-    click.echo("quantised modules" if facts["schemes"] else "no quantised modules")
-    for kind, counts in facts["schemes"].items():
-        click.echo(f"  {printable(kind):<42} " + "; ".join(f"{n} x {scheme}" for scheme, n in counts.items()))
-    for name, parts in facts["unfused"].items():
-        click.echo(f"  not fused: {printable(name)} ({printable(', '.join(parts))})")
-    cache = ", ".join(f"{count} layers per {kind}" for kind, count in facts["kv_cache"].items())
-    click.echo(f"KV cache: {'FP8, ' + cache if cache else 'not quantised'}")
-    click.echo(f"carried: {printable(', '.join(facts['carried'])) or 'nothing'}")
-    for title in ("repairs", "contradictions"):
-        click.echo(f"{title}: {len(facts[title]) or 'none'}")
-        for line in facts[title]:
-            click.echo(f"  {printable(line)}")
-    for dropped in facts["dropped"]:
-        click.echo(f"  dropped {printable(dropped['tensor'])}: {printable(dropped['reason'])}")
-    for adapter in facts["adapters"]:
-        click.echo(_adapter_line(adapter))
+        emit(facts | ({"tensor_list": [row.to_json() for row in found.rows]} if tensors else {}))
+    elif facts["kind"] != "unreadable":
+        for line in tensor_lines(found.rows) if tensors else screen(facts):
+            click.echo(line)
+    if facts["refused"]:
+        events().as_json = False  # the facts hold the reasons
+        raise ConvertError([Problem(**problem) for problem in facts["problems"]])
 
 
 @cli.command("verify", context_settings=CONTEXT)

@@ -41,6 +41,7 @@ class Plan:
     shards          file name -> indices of `steps` it holds, in the order of their bytes
     adapters        LoRA adapters found in the checkpoint, written beside the base
     repairs         what was wrong and is mended; `contradictions`: where config and tensors (or two configs) disagree
+    disagreements   the same contradictions -> all modules that each concerns
     """
 
     source: Source
@@ -53,6 +54,7 @@ class Plan:
     contradictions: list[str] = field(default_factory=list)
     shards: dict[str, list[int]] = field(default_factory=dict)
     adapters: list[Adapter] = field(default_factory=list)
+    disagreements: dict[str, list[str]] = field(default_factory=dict)
 
     @property
     def total_bytes(self) -> int:

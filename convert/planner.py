@@ -256,7 +256,7 @@ def _without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
     return result
 
 
-def _producer(source: Source) -> str:
+def producer(source: Source) -> str:
     """Name and version of the producer, as far as the configs say."""
     blocks: Iterable[Any] = (source.config.get("quantization_config"), source.config, source.quant_file)
     for block in blocks:
@@ -339,13 +339,14 @@ def plan_source(source: Source, shard_size: int | None = None) -> Plan:
     plan = Plan(
         source=source,
         dialect=declared[0] if declared else "unquantised" if not quantised else "unknown",
-        producer=_producer(source),
+        producer=producer(source),
         config=config,
         steps=draft.steps,
         dropped=draft.dropped,
         repairs=planner.describe_repairs(),
         contradictions=draft.describe_contradictions(),
         adapters=adapters,
+        disagreements=dict(draft.disagreements),
     )
     plan.shards = pack(plan.steps, source.tensors, shard_size)
     return plan

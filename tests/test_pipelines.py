@@ -113,10 +113,10 @@ def test_an_interrupt_as_an_event(
 def test_a_disk_that_fails_as_an_event(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An error of the system is an event with the path."""
 
-    def fail(directory: Path) -> None:
+    def fail(directory: Path, **options: object) -> None:
         raise OSError(5, "Input/output error", str(directory))
 
-    monkeypatch.setattr("convert.inspector.inspect_checkpoint", fail)
+    monkeypatch.setattr("convert.inspector.inspect", fail)
     ran = cli("inspect", tmp_path, "--log-json")
     (event,) = events(ran)
     assert (ran.code, event["exit_code"], event["problems"][0]["file"]) == (3, 3, str(tmp_path))
