@@ -214,6 +214,19 @@ def experts(
     return Build(name, kernel, pointers, constants, warps, 4, limit, rows * 128, **({"budget": 7.8 if fp8_ else 4.4} | more))
 
 
+def router(name: str, E: int, H: int, per_token: int, softmax: bool) -> Build:
+    """One form of `router_kernel`."""
+    pointers = {"x": "bf16", "weight": "bf16", "logits": "f32", "count": "i32", "chosen": "i64", "weights": "f32"}
+    constants = {
+        "H": H, "E": E, "PER_TOKEN": per_token, "SOFTMAX": softmax, "NORMALIZE": True, "GROUPS": 1, "KEPT": 1, "WIDE": E,
+        "TALL": 1, "PLACES": 1 << (per_token - 1).bit_length(), "ROWS": 4, "STEP": 1024,
+    }  # fmt: skip
+    pointers |= {} if softmax else {"bias": "f32"}
+    constants |= {"bias": None} if softmax else {}
+    scalars = {"floor": "fp32", "scale": "fp32"}
+    return Build(f"router {name}", "runtime.kernels.router:router_kernel", pointers, constants, registers=168, scalars=scalars)
+
+
 QUANTIZE = {"x": "bf16", "codes": "f8", "scales": "f32"}
 BUILDS = [
     fp8("W8A16 rows", 8, split=1),
@@ -247,6 +260,8 @@ BUILDS = [
     experts("nvfp4", "down, W4A16, K ends inside a step", 2688, 1856, act=0),
     experts("nvfp4", "first, W4A16", 1024, 2048, 16),
     experts("nvfp4", "first, W4A16", 1024, 2048, 32, budget=5.2),
+    router("softmax of 256", 256, 2048, 8, True),
+    router("sigmoid of 512", 512, 4096, 22, False),
     Build("sum over experts", "runtime.kernels.slots:combine_kernel", {"parts": "bf16", "share": "f32", "out": "bf16"},
           {"H": 2048, "PER_TOKEN": 8, "STEP": 1024}),
     Build("nvfp4 quantise", "runtime.kernels.nvfp4_quantize:quantize_kernel",

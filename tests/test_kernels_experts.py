@@ -11,10 +11,12 @@ from torch import Tensor
 from runtime.builder import LayerBuilder
 from runtime.experts import Experts
 from runtime.format import CanonicalConfig, ModuleSpec
+from runtime.layers import Linear
+from runtime.routing import Router, Rule
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from runtime.kernels import fp8_experts, fp8_linear, nvfp4_experts, nvfp4_linear, slots, table, tiles
+from runtime.kernels import fp8_experts, fp8_linear, nvfp4_experts, nvfp4_linear, router, slots, table, tiles
 from runtime.kernels.cases import ExpertCase
 
 CPU = torch.device("cpu")
@@ -132,3 +134,36 @@ def test_partitions_with_scales_of_their_own_are_left_to_torch() -> None:
     (first, down), (a, b) = case.specs(), case.tensors(CPU, 0)
     a["input_scale"][1, 1] *= 2
     assert fp8_experts.prepare(first, down, a, b, case.activation()) is None
+
+
+# The router
+
+
+@pytest.mark.parametrize("case", [case for case in router.CASES if case.tiny], ids=str)
+def test_router(case: router.Case) -> None:
+    for seed in range(3):
+        assert max(router.errors(case, CPU, seed).values()) < 1e-6
+
+
+def test_the_first_of_equals_is_chosen() -> None:
+    """All experts are equally good: weights are equal, and no expert is chosen twice."""
+    chosen, weights = router.prepare(Rule(3, "softmax", True), torch.zeros(5, 8), None)(torch.ones(2, 8).bfloat16())
+    assert chosen.tolist() == [[0, 1, 2]] * 2
+    assert torch.allclose(weights, torch.full((2, 3), 1 / 3))
+
+
+def test_routers_use_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A router that believes its CPU to be a GPU chooses as one that does not; its matrix may be float32."""
+    case = router.CASES[3]
+    x, weight, bias = router.make_inputs(case, CPU, 0)
+    gate = Linear(case.E, case.H)
+    gate.weight = torch.nn.Parameter(weight.float(), requires_grad=False)
+    there, here = (Router(case.rule, gate, lambda: bias) for _ in range(2))
+    expected = here(x)
+    assert here._kernel is None
+    monkeypatch.setattr(table, "machine", lambda device: table.Machine(90, True))
+    assert there._kernel is not None
+    found = there(x)
+    assert torch.equal(found[0].sort().values, expected[0].sort().values)
+    assert torch.allclose(found[1].sort().values, expected[1].sort().values)
+    assert torch.equal(there(x.float())[0], expected[0])

@@ -23,6 +23,8 @@ LINEAR, FEW = "linear", f"linear, up to {FEW_TOKENS} tokens"
 EXPERTS = "experts"
 OPERATIONS = (FEW, LINEAR, EXPERTS)
 ATTEND = "attention, one token"
+ROUTED_TOKENS = 64  # rows of input that "router" takes
+ROUTE = "router"
 TORCH = "torch"
 FP8_INPUTS = (None, "fp8_static", "fp8_tensor", "fp8_token", "fp8_group", "fp8_group_e8m0")
 
@@ -68,6 +70,8 @@ ROWS = (
         "reads each key and value once, of as many sequences as there are, whatever their lengths",
     ),
     Row(("kv bf16", "kv fp8"), (ATTEND,), None, None, TORCH, "scaled_dot_product_attention of decoded values; runs anywhere"),
+    Row(("router",), (ROUTE,), (None,), (90, 110), "runtime.kernels.router", "the matrix and the choice in one launch"),
+    Row(("router",), (ROUTE,), None, None, TORCH, "a float32 matmul and a handful of operations; runs anywhere"),
     Row(tuple(SCHEMES), OPERATIONS, None, None, TORCH, "weights are converted on every call; runs anywhere"),
 )  # fmt: skip
 

@@ -24,6 +24,7 @@ from runtime.models.base import CausalLM, Draft, Trunk
 from runtime.nonlinear import relu2
 from runtime.norms import GroupedRMSNorm, LateRoundingRMSNorm
 from runtime.rotary import split_heads
+from runtime.routing import Router, Rule
 from runtime.state import Cache, CacheSize, KVCache, RecurrentCache, Tokens
 
 
@@ -190,36 +191,6 @@ class MLP(PerToken):
         return self.down_proj(relu2(self.up_proj(x)))
 
 
-class Router(nn.Module):
-    """Sigmoid scores; a bias takes part in the choice of experts and not in their weights.
-
-    With groups, experts are chosen among the `kept_groups` groups whose two best experts have the largest sum.
-    """
-
-    def __init__(self, a: NemotronHArchitecture) -> None:
-        super().__init__()
-        self.per_token, self.normalize, self.scale = a.num_experts_per_tok, a.norm_topk_prob, a.routed_scaling_factor
-        self.groups, self.kept_groups = a.n_group, a.topk_group
-
-    def forward(self, logits: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-        """Float32 `[T, E]` and `[E]` to the chosen experts, int64 `[T, k]`, and their weights, float32 `[T, k]`."""
-        scores = logits.sigmoid()
-        chosen = self._among_groups(scores + bias).topk(self.per_token, -1).indices
-        weights = scores.gather(-1, chosen)
-        if self.normalize:
-            weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
-        return chosen, weights * self.scale
-
-    def _among_groups(self, scores: Tensor) -> Tensor:
-        """Minus infinity for the experts of groups that are not kept."""
-        if self.groups == 1:
-            return scores
-        grouped = scores.unflatten(-1, (self.groups, -1))  # (T, groups, E / groups)
-        best = grouped.topk(min(2, grouped.shape[-1]), -1).values.sum(-1)
-        kept = torch.zeros_like(best, dtype=torch.bool).scatter(-1, best.topk(self.kept_groups, -1).indices, True)
-        return grouped.masked_fill(~kept.unsqueeze(-1), -torch.inf).flatten(-2)
-
-
 class MoE(PerToken):
     """Routed experts, and an MLP that every token goes through."""
 
@@ -229,7 +200,10 @@ class MoE(PerToken):
         hidden, experts = a.hidden_size, a.n_routed_experts
         self.gate = build.linear(f"{name}.gate", experts, hidden)
         self.gate.register_parameter("e_score_correction_bias", stored(experts, dtype="F32"))
-        self.route = Router(a)
+        rule = Rule(
+            a.num_experts_per_tok, "sigmoid", a.norm_topk_prob, 1e-20, a.routed_scaling_factor, a.n_group, a.topk_group
+        )
+        self.route = Router(rule, self.gate, lambda: self.gate.get_parameter("e_score_correction_bias"))
         inner, shared = a.moe_intermediate_size, a.shared_intermediate_size * max(1, a.n_shared_experts)
         self.experts = Experts(build, f"{name}.experts", experts, inner, width or hidden, relu2, gated=False)
         self.shared_experts = MLP(build, f"{name}.shared_experts", hidden, shared)
@@ -237,8 +211,7 @@ class MoE(PerToken):
     def forward(self, x: Tensor, *_: object) -> Tensor:
         """`[B, T, H]` to `[B, T, H]`."""
         tokens = x.flatten(0, 1)
-        bias = self.gate.get_parameter("e_score_correction_bias").float()
-        return self.routed(tokens, *self.route(self.gate(tokens.float()), bias)).view_as(x) + self.shared_experts(x)
+        return self.routed(tokens, *self.route(tokens)).view_as(x) + self.shared_experts(x)
 
     def routed(self, tokens: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
         """What the experts make of `[T, H]`."""

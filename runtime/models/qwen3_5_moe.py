@@ -11,8 +11,9 @@ from runtime.builder import LayerBuilder
 from runtime.experts import Experts
 from runtime.models.base import GatedMLP
 from runtime.models.qwen3_5 import HybridArchitecture, HybridLM
-from runtime.models.qwen3_moe import Router, check_experts
+from runtime.models.qwen3_moe import check_experts
 from runtime.nonlinear import swiglu
+from runtime.routing import Router, Rule
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class SharedSparseMLP(nn.Module):
     def __init__(self, a: Qwen3_5MoeArchitecture, build: LayerBuilder, name: str) -> None:
         super().__init__()
         self.gate = build.linear(f"{name}.gate", a.num_experts, a.hidden_size)
-        self.route = Router(a.num_experts_per_tok, normalize=True)
+        self.route = Router(Rule(a.num_experts_per_tok, "softmax", normalize=True), self.gate)
         self.experts = Experts(build, f"{name}.experts", a.num_experts, a.moe_intermediate_size, a.hidden_size, swiglu)
         self.shared_expert = GatedMLP(build, f"{name}.shared_expert", a.hidden_size, a.shared_expert_intermediate_size)
         self.shared_expert_gate = build.linear(f"{name}.shared_expert_gate", 1, a.hidden_size)
@@ -44,7 +45,7 @@ class SharedSparseMLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """`[B, T, H]` to `[B, T, H]`."""
         tokens = x.flatten(0, 1)
-        routed = self.experts(tokens, *self.route(self.gate(tokens.float())))
+        routed = self.experts(tokens, *self.route(tokens))
         return routed.view_as(x) + torch.sigmoid(self.shared_expert_gate(x)) * self.shared_expert(x)
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from runtime.architecture import refused
@@ -16,6 +15,7 @@ from runtime.experts import Experts
 from runtime.models.base import GatedMLP
 from runtime.models.qwen3 import Attention, AttentionArchitecture, AttentionLM, Layer
 from runtime.nonlinear import swiglu
+from runtime.routing import Router, Rule
 
 
 @dataclass(frozen=True)
@@ -47,32 +47,19 @@ def check_experts(count: int, per_token: int) -> None:
         raise refused("num_experts_per_tok", f"at most the {count} experts", per_token)
 
 
-class Router(nn.Module):
-    """Softmax over all experts in float32; of the `per_token` largest, each divided by their sum where `normalize`."""
-
-    def __init__(self, per_token: int, normalize: bool) -> None:
-        super().__init__()
-        self.per_token, self.normalize = per_token, normalize
-
-    def forward(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """Float32 `[T, E]` to the chosen experts, int64 `[T, k]`, and their weights, float32 `[T, k]`."""
-        weights, chosen = torch.softmax(logits, -1).topk(self.per_token, -1)
-        return chosen, weights / weights.sum(-1, keepdim=True) if self.normalize else weights
-
-
 class SparseMLP(nn.Module):
     """Routed experts."""
 
     def __init__(self, a: Qwen3MoeArchitecture, build: LayerBuilder, name: str) -> None:
         super().__init__()
         self.gate = build.linear(f"{name}.gate", a.num_experts, a.hidden_size)
-        self.route = Router(a.num_experts_per_tok, a.norm_topk_prob)
+        self.route = Router(Rule(a.num_experts_per_tok, "softmax", a.norm_topk_prob), self.gate)
         self.experts = Experts(build, f"{name}.experts", a.num_experts, a.moe_intermediate_size, a.hidden_size, swiglu)
 
     def forward(self, x: Tensor) -> Tensor:
         """`[B, T, H]` to `[B, T, H]`."""
         tokens = x.flatten(0, 1)
-        return self.experts(tokens, *self.route(self.gate(tokens.float()))).view_as(x)
+        return self.experts(tokens, *self.route(tokens)).view_as(x)
 
 
 class Qwen3Moe(AttentionLM):

@@ -15,10 +15,11 @@ from runtime.architecture import Architecture, refused
 from runtime.builder import LayerBuilder
 from runtime.experts import Experts
 from runtime.models.base import CausalLM, GatedMLP, Trunk
-from runtime.models.qwen3_moe import Router, check_experts
+from runtime.models.qwen3_moe import check_experts
 from runtime.nonlinear import swiglu
 from runtime.norms import RMSNorm
 from runtime.rotary import Rope, split_heads
+from runtime.routing import Router, Rule
 from runtime.state import CacheSize, KVCache, KVFormat, Tokens
 
 
@@ -103,13 +104,13 @@ class MoE(nn.Module):
     def __init__(self, a: Step3Architecture, build: LayerBuilder, name: str) -> None:
         super().__init__()
         self.gate = build.linear(f"{name}.gate", a.num_experts, a.hidden_size)
-        self.route = Router(a.num_experts_per_tok, a.normalize)
+        self.route = Router(Rule(a.num_experts_per_tok, "softmax", a.normalize), self.gate)
         self.experts = Experts(build, f"{name}.experts", a.num_experts, a.moe_intermediate_size, a.hidden_size, swiglu)
 
     def forward(self, x: Tensor) -> Tensor:
         """`[B, T, H]` to `[B, T, H]`."""
         tokens = x.flatten(0, 1)
-        return self.experts(tokens, *self.route(self.gate(tokens.float()))).view_as(x)
+        return self.experts(tokens, *self.route(tokens)).view_as(x)
 
 
 class Layer(nn.Module):

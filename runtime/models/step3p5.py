@@ -21,6 +21,7 @@ from runtime.models.step3_text import Layer, StepArchitecture, StepAttention
 from runtime.nonlinear import SwiGLU
 from runtime.norms import ZeroCenteredRMSNorm
 from runtime.rotary import Rope, split_heads
+from runtime.routing import Router, Rule
 from runtime.state import KVCache, Tokens
 
 V = TypeVar("V")
@@ -147,9 +148,10 @@ class MoE(nn.Module):
 
     def __init__(self, a: Step3p5Architecture, build: LayerBuilder, name: str, index: int) -> None:
         super().__init__()
-        self.per_token, self.normalize, self.scaling = a.num_experts_per_tok, a.normalize, a.router_scaling_factor
         self.gate = build.linear(f"{name}.gate", a.num_experts, a.hidden_size)
         self.router_bias = stored(a.num_experts, dtype="F32") if a.use_moe_router_bias else None
+        rule = Rule(a.num_experts_per_tok, "sigmoid", a.normalize, scale=a.router_scaling_factor)
+        self.route = Router(rule, self.gate, lambda: self.router_bias)
         activation = clipped_swiglu(a.swiglu_limits, index)
         self.experts = Experts(
             build, f"{name}.experts", a.num_experts, a.moe_intermediate_size, a.hidden_size, activation
@@ -158,16 +160,7 @@ class MoE(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """`[B, T, H]` to `[B, T, H]`."""
         tokens = x.flatten(0, 1)
-        chosen, weights = self.route(self.gate(tokens.float()))
-        return self.experts(tokens, chosen, weights).view_as(x)
-
-    def route(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """Float32 `[T, E]` to the chosen experts, int64 `[T, k]`, and their weights, float32 `[T, k]`."""
-        scores = torch.sigmoid(logits)
-        biased = scores if self.router_bias is None else scores + self.router_bias.float()
-        chosen = biased.topk(self.per_token, -1).indices
-        weights = scores.gather(-1, chosen)
-        return chosen, self.scaling * (weights / weights.sum(-1, keepdim=True) if self.normalize else weights)
+        return self.experts(tokens, *self.route(tokens)).view_as(x)
 
 
 def step_layer(a: Step3p5Architecture, build: LayerBuilder, index: int, sparse: bool) -> tuple[Attention, dict[str, nn.Module]]:
