@@ -8,14 +8,15 @@ file, where page faults and transfers wait for each other (safetensors issue 729
 from __future__ import annotations
 
 import ctypes
+import itertools
 import json
 import math
 import mmap
 import os
 import struct
-from collections import deque
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,8 +28,9 @@ from runtime.errors import LoadError
 from runtime.format import DTYPE_BYTES, INDEX_FILE, MAX_HEADER_BYTES
 from runtime.layers import TORCH_DTYPES
 
-PIECE = 2**25  # bytes read and copied at once
-BUFFERS = 4  # pieces in flight, each with a thread that reads: one thread alone reads slower than a GPU takes
+PIECE = 2**23  # bytes read and copied at once
+READERS = 8  # threads, each with two buffers: one thread alone reads several times slower than a GPU takes
+BUFFERS = 2 * READERS
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,35 +176,39 @@ def pieces(shard: Shard, targets: Iterable[tuple[str, Tensor]], size: int = PIEC
 
 
 def stream(work: Iterable[Piece], buffers: Sequence[Tensor], copy: Copy) -> None:
-    """Read each piece into a free buffer while the pieces before it are being copied to where they belong.
+    """Read pieces into buffers, and start to copy each to where it belongs as soon as it is read.
 
-    `buffers`: uint8 CPU tensors, each as long as the longest piece; every one has a thread that reads.  `copy` starts the
-    copies of one piece and returns what waits for their end, which is done before its buffer is filled again.  All are
-    over on return.  Raises `LoadError` when a file is shorter than it was.
+    `buffers`: uint8 CPU tensors, each as long as the longest piece.  Every two have a thread, which reads into one while
+    what it read before is copied out of the other.  `copy` starts the copies of one piece and returns what waits for their
+    end; it is called in these threads, several at a time.  All copies are over on return, also after an error.
+    Raises `LoadError` when a file is shorter than it was, and what `copy` raises.
     """
-    waits: list[Wait] = [_nothing] * len(buffers)
-    pending: deque[tuple[Piece, int, Future[None]]] = deque()
+    waiting, lock, failed = iter(work), threading.Lock(), threading.Event()
 
-    def fill(piece: Piece, slot: int) -> None:
-        waits[slot]()
-        piece.shard.read_into(buffers[slot], piece.start, piece.nbytes)
+    def run(own: Sequence[Tensor]) -> None:
+        waits: list[Wait] = [_nothing] * len(own)
+        try:
+            for turn in itertools.count():
+                with lock:
+                    piece = None if failed.is_set() else next(waiting, None)
+                if piece is None:
+                    return
+                slot = turn % len(own)
+                waits[slot]()
+                piece.shard.read_into(own[slot], piece.start, piece.nbytes)
+                slices = own[slot][: piece.nbytes].split([part.numel() for part in piece.parts])
+                waits[slot] = copy(list(zip(piece.parts, slices, strict=True)))
+        except BaseException:
+            failed.set()
+            raise
+        finally:
+            for wait in waits:
+                wait()
 
-    def send() -> None:
-        piece, slot, filled = pending.popleft()
-        filled.result()
-        slices = buffers[slot][: piece.nbytes].split([part.numel() for part in piece.parts])
-        waits[slot] = copy(list(zip(piece.parts, slices, strict=True)))
-
-    with ThreadPoolExecutor(len(buffers)) as readers:
-        for number, piece in enumerate(work):
-            if len(pending) == len(buffers):
-                send()
-            slot = number % len(buffers)
-            pending.append((piece, slot, readers.submit(fill, piece, slot)))
-        while pending:
-            send()
-        for wait in waits:
-            wait()
+    count = -(-len(buffers) // 2)
+    with ThreadPoolExecutor(count) as readers:
+        for reader in [readers.submit(run, buffers[first::count]) for first in range(count)]:
+            reader.result()
 
 
 def _nothing() -> None:
@@ -210,16 +216,16 @@ def _nothing() -> None:
 
 
 def stream_to_cuda(work: Iterable[Piece], device: torch.device) -> None:
-    """`stream` over pinned buffers, with copies on a CUDA stream of their own.
+    """`stream` over pinned buffers, with copies on a CUDA stream of their own.  All targets must be allocated before.
 
     Host memory: `BUFFERS * PIECE` bytes, pinned, which torch keeps for the next load.
     """
     buffers = [torch.empty(PIECE, dtype=torch.uint8, pin_memory=True) for _ in range(BUFFERS)]
     side = torch.cuda.Stream(device)
+    side.wait_stream(torch.cuda.current_stream(device))  # which may still use memory that a target now has
 
     def copy(parts: list[Part]) -> Wait:
-        side.wait_stream(torch.cuda.current_stream(device))  # which may still use memory that a target now has
-        with torch.cuda.stream(side):
+        with torch.cuda.stream(side):  # which is the current one of this thread only
             for target, source in parts:
                 target.copy_(source, non_blocking=True)
             event = torch.cuda.Event()

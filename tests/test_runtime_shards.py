@@ -177,11 +177,13 @@ def test_reads_overlap_copies(stored: dict[str, Tensor], tmp_path: Path, monkeyp
     seen = []
 
     def copy(parts: list[Part]) -> Any:
-        if not seen:
-            seen.append(all(reads.acquire(timeout=10) for _ in range(2)))  # while this copy runs, a second read ends
-        for target, source in parts:
-            target.copy_(source)
-        return lambda: None
+        def wait() -> None:
+            if not seen:
+                seen.append(all(reads.acquire(timeout=10) for _ in range(2)))  # while this copy runs, a second read ends
+            for target, source in parts:
+                target.copy_(source)
+
+        return wait
 
     target = torch.empty(1001, dtype=torch.float8_e4m3fn)
     stream(pieces(shard, [("b.codes", target)], 100), [torch.empty(100, dtype=torch.uint8) for _ in range(2)], copy)
@@ -206,6 +208,30 @@ def test_a_failed_copy_ends_the_stream(stored: dict[str, Tensor], tmp_path: Path
     failing: Copy = copy
     with pytest.raises(RuntimeError, match="no such device"):
         stream(work, [torch.empty(100, dtype=torch.uint8) for _ in range(2)], failing)
+
+
+def test_an_error_ends_all_readers(stored: dict[str, Tensor], tmp_path: Path) -> None:
+    """The others take no new piece, and what they have started is over when the error comes out."""
+    under_way: set[int] = set()
+    started = []
+
+    def copy(parts: list[Part]) -> Any:
+        started.append(number := len(started))
+        if number == 3:
+            raise RuntimeError("no such device")
+        under_way.add(number)
+
+        def wait() -> None:
+            time.sleep(0.01)
+            under_way.discard(number)
+
+        return wait
+
+    work = list(pieces(Shard(tmp_path, FILE), [("b.codes", torch.empty_like(stored["b.codes"]))], 10))
+    with pytest.raises(RuntimeError, match="no such device"):
+        stream(work, [torch.empty(10, dtype=torch.uint8) for _ in range(6)], copy)
+    assert len(started) < len(work) == 101
+    assert not under_way
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
