@@ -1,189 +1,237 @@
-"""Kernels on the GPU of this machine: first whether they are right, then how fast they are.
+"""Kernels and models on the GPU of this machine: first whether they are right, then how fast they are.
 
-    python -m bench.gpu [--part check,bandwidth,linear] [--tokens 1,8,64] [--results DIR]
+    python -m bench.gpu [--part check,decode,...] [--budget 500] [--tokens 1,8,64] [--results DIR] [--tune]
 
-check      every kernel, case and way of cutting the work against float64: fresh random inputs, outputs that start as NaN
 bandwidth  what this GPU reaches: copying within its memory (B), reading it, copying from pinned host memory
-linear     time of each layer of a published model, as bytes per second and as a share of B: weights and scales once, inputs
-           and outputs; replayed as a graph over enough copies of the weights that none is left in the L2 cache
+check      every kernel, case and way of cutting the work against float64: fresh random inputs, outputs that start as NaN
+logits     tiny models of every family against float32 on the CPU, prefill and steps; steps by graph against steps as they are
+decode     models of published dimensions, random weights: steps at batch 1, 8 and 32, prefill, the kernels of a step by time
+load       a checkpoint on disk: rates of reading, copying and both; a new process to its first token; memory
+kernels    each kernel at published shapes, as bytes per second and as a share of B, over more copies than the L2 cache holds
+prefill    layers with 4096 tokens, against `torch._scaled_mm` alone
 
-Speed is measured only if the check passed.  A table comes last; the same as JSON, with date, hardware and versions, goes to
-`bench/results/`.  Exit code 1: something is wrong; 3: no CUDA device.
+Each part runs in processes of its own.  A row that fails, ends its process or takes too long is reported as failed, and the
+next row goes on in a new process.  No row begins that would end after the share of `--budget` seconds that its part has: what
+was left out is said.  `--device cpu --quick` runs the smallest sizes without a GPU, to see that everything runs.
+
+A table of targets comes last; the same as JSON, with date, hardware, versions and command, goes to `bench/results/`.  Needs
+torch and triton; what else is missing is said.  Exit code 1: something is wrong or failed; 3: no CUDA device.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
-import importlib
 import json
+import math
 import os
 import platform
-import statistics
+import queue
+import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from types import ModuleType
+from typing import Any, Protocol
+
+if "--device=cpu" in sys.argv or ("--device" in sys.argv and "cpu" in sys.argv):
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported
 
 import torch
 
-from runtime.format import module_tensors
-from runtime.kernels.cases import Case, make_inputs, make_tensors
-from runtime.kernels.table import FEW, ROWS, choose, machine
+from bench.gpu_rows import PARTS, Bench, Line, Part, Row, target_lines
 
-PACKAGES = ("torch", "triton", "torchao", "fla-core")
-TOLERANCE = 5e-4  # of the largest result: tensor cores truncate where they add
-ROTATED = 256 * 10**6  # bytes of weights that a timing goes through; the L2 cache of an H200 has 60 MB
-REPLAYS = 30
+NEEDED, OPTIONAL = ("torch", "triton"), ("torchao", "fla-core", "numpy", "safetensors", "click", "tokenizers")
+GRACE = 60.0  # seconds that any row may take, also one that expects less
+ROOT = Path(__file__).resolve().parents[1]
 
 
-@dataclass(frozen=True)
-class Line:
-    """One result.  `values`: by column, in the order to print."""
+class Worker(Protocol):
+    """Runs rows, one at a time."""
 
-    part: str
-    name: str
-    values: Mapping[str, float | str]
-    failed: bool = False
+    def run(self, index: int, limit_s: float) -> tuple[list[Line], str | None]:
+        """What a row gave; and what is wrong with it or None."""
 
-
-@dataclass
-class Bench:
-    """What the parts share: the device, the choices of the command line, and what earlier parts found."""
-
-    device: torch.device
-    tokens: tuple[int, ...]
-    copy_bandwidth: float = float("nan")  # B, bytes per second, read and written bytes both counted
-    lines: list[Line] = field(default_factory=list)
+    def close(self) -> None:
+        """No more rows."""
 
 
-def kernels(device: torch.device) -> Iterator[ModuleType]:
-    """Modules of the table that `device` can run and that have cases."""
-    for row in ROWS:
-        if (
-            row.generations is not None
-            and FEW in row.operations
-            and choose(row.schemes[0], row.activations[0] if row.activations else None, FEW, machine(device))[0] is row
-        ):
-            yield importlib.import_module(row.module)
+class Here:
+    """In this process."""
+
+    def __init__(self, part: str, bench: Bench, rows: Sequence[Row]) -> None:
+        self._bench, self._rows = bench, rows
+
+    def run(self, index: int, limit_s: float) -> tuple[list[Line], str | None]:
+        """Without a limit of time."""
+        lines: list[Line] = []
+        try:
+            for line in self._rows[index].run(self._bench):
+                lines.append(line)
+        except Exception as error:
+            return lines, f"{type(error).__name__}: {error}"
+        return lines, None
+
+    def close(self) -> None:
+        """Nothing to do."""
 
 
-# Right
+class Apart:
+    """In a process, which is started when needed, and again when it has ended."""
 
+    def __init__(self, part: str, bench: Bench, rows: Sequence[Row]) -> None:
+        facts = {"part": part, "device": str(bench.device), "tokens": bench.tokens, "quick": bench.quick}
+        self._command = [sys.executable, "-m", "bench.gpu", "--child", json.dumps(facts | {"B": bench.copy_bandwidth})]
+        self._process: subprocess.Popen[str] | None = None
+        self._said: queue.Queue[str | None] = queue.Queue()
+        self._errors: list[str] = []
 
-def error_of(kernel: ModuleType, case: Case, M: int, device: torch.device, split: int | None = None) -> float:
-    """Largest error of a launch with fresh inputs, over the largest result; NaN where an output was not written.
-
-    `split`: ranges of K, None for the default.
-    """
-    from runtime.kernels.tiles import INPUTS, choose_tiles, counters
-
-    seed = int.from_bytes(os.urandom(4), "little")
-    spec, tensors, x = case.spec(), make_tensors(case, device, seed), make_inputs(case, M, device, seed + 1)
-    expected = kernel.reference(x, spec, tensors)
-    found = torch.full(expected.shape, torch.nan, device=device)
-    cut = None
-    if split is not None:
-        whole = choose_tiles(kernel.SHAPES, M, *spec.shape)
-        cut = type(whole)(**{**asdict(whole), "split": split, "steps": -(-case.K // (INPUTS * split))})
-    kernel.prepare(spec, tensors)(x, out=found, tiles=cut)
-    assert not counters(device).any(), "a counter was left behind"
-    return float((found - expected).abs().max() / expected.abs().max())
-
-
-def check(bench: Bench) -> Iterator[Line]:
-    """All cases at several M, small ones with several splits too."""
-    for kernel in kernels(bench.device):
-        most = kernel.SHAPES[-1].tokens
-        for case in kernel.CASES:
-            runs: list[tuple[int, int | None]] = [(M, None) for M in ((1, 2, 8, 9, 17, 33, 64) if case.tiny else (1, 64))]
-            runs += [(M, split) for M in (1, most) for split in (1, 2, 3)] if case.tiny else []
-            errors = {
-                f"M={M}" + (f" split {split}" if split else ""): error_of(kernel, case, M, bench.device, split)
-                for M, split in runs
-            }
-            worst = max(errors, key=lambda run: errors[run] if errors[run] == errors[run] else float("inf"))
-            yield Line(
-                "check", str(case), {"runs": len(runs), "error": errors[worst], "at": worst}, not errors[worst] < TOLERANCE
-            )
-
-
-# Fast
-
-
-def seconds(launch: Callable[[], object], device: torch.device) -> float:
-    """Median time of one replay of what `launch` does, captured as a graph after a warm-up."""
-    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-    with torch.cuda.stream(stream):
-        launch()
-        stream.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream):
-            launch()
-        times = []
-        for _ in range(REPLAYS):
-            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-            start.record(stream)
-            graph.replay()
-            stop.record(stream)
-            stop.synchronize()
-            times.append(start.elapsed_time(stop) / 1e3)
-    return float(statistics.median(times))
-
-
-def bandwidth(bench: Bench) -> Iterator[Line]:
-    """B and two other ceilings; sets `bench.copy_bandwidth`."""
-    size = 2**31
-    source, target = (torch.empty(size, dtype=torch.uint8, device=bench.device) for _ in range(2))
-    source.fill_(1)
-    bench.copy_bandwidth = 2 * size / seconds(lambda: target.copy_(source), bench.device)
-    yield Line("bandwidth", "copy on the device (B)", {"GB/s": bench.copy_bandwidth / 1e9})
-    words = source.view(torch.float32)
-    yield Line("bandwidth", "read on the device", {"GB/s": size / seconds(lambda: words.sum(), bench.device) / 1e9})
-    pinned = torch.empty(size // 4, dtype=torch.uint8, pin_memory=True)
-    part = target[: size // 4]
-    copied = seconds(lambda: part.copy_(pinned, non_blocking=True), bench.device)
-    yield Line("bandwidth", "copy from pinned memory", {"GB/s": size / 4 / copied / 1e9})
-
-
-def weight_bytes(case: Case) -> int:
-    """Stored bytes of a layer, which a matmul reads once."""
-    return sum(tensor.nbytes for tensor in module_tensors(case.spec()).values())
-
-
-def moved_bytes(case: Case, M: int) -> int:
-    """Bytes that a matmul has to move: weights and scales, bfloat16 inputs and outputs."""
-    return weight_bytes(case) + 2 * M * (case.K + sum(case.rows))
-
-
-def linear(bench: Bench) -> Iterator[Line]:
-    """Every case with a published shape at each M."""
-    for kernel in kernels(bench.device):
-        for case in kernel.CASES:
-            if case.tiny:
+    def run(self, index: int, limit_s: float) -> tuple[list[Line], str | None]:
+        """A row that takes longer than `limit_s` is ended together with its process."""
+        process = self._process or self._start()
+        assert process.stdin is not None
+        lines: list[Line] = []
+        until = time.monotonic() + limit_s
+        with contextlib.suppress(OSError):
+            process.stdin.write(f"{index}\n")
+            process.stdin.flush()
+        while True:
+            try:
+                said = self._said.get(timeout=max(until - time.monotonic(), 0.01))
+            except queue.Empty:
+                self.close()
+                return lines, f"took more than {limit_s:.0f} s"
+            if said is None:
+                code = process.wait()
+                self.close()
+                return lines, f"ended its process with code {code}: {' | '.join(self._errors[-2:])}"
+            if not said.startswith("{"):
                 continue
-            copies = -(-ROTATED // weight_bytes(case))
-            layers = [kernel.prepare(case.spec(), make_tensors(case, bench.device, seed)) for seed in range(copies)]
-            first = None
-            for M in bench.tokens:
-                x = make_inputs(case, M, bench.device, 0)
-                time = seconds(lambda layers=layers, x=x: [layer(x) for layer in layers], bench.device) / copies  # type: ignore[misc]
-                first = first or time
-                rate = moved_bytes(case, M) / time
-                values = {
-                    "M": M,
-                    "us": time * 1e6,
-                    "GB/s": rate / 1e9,
-                    "of B": rate / bench.copy_bandwidth,
-                    "vs first M": time / first,
-                }
-                yield Line("linear", str(case), values)
-            del layers
+            data = json.loads(said)
+            if "line" in data:
+                lines.append(Line(**data["line"]))
+            if "end" in data:
+                if data["fatal"]:
+                    self.close()
+                return lines, data["end"]
+
+    def close(self) -> None:
+        """End the process."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._process = None
+
+    def _start(self) -> subprocess.Popen[str]:
+        self._said, self._errors = queue.Queue(), []
+        process = subprocess.Popen(
+            self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
+            errors="replace",
+        )  # fmt: skip
+        said, errors = self._said, self._errors
+
+        def listen() -> None:
+            assert process.stdout is not None
+            for text in process.stdout:
+                said.put(text)
+            said.put(None)
+
+        def keep() -> None:
+            assert process.stderr is not None
+            for text in process.stderr:
+                if text.strip():
+                    errors.append(text.strip()[:300])
+
+        for work in (listen, keep):
+            threading.Thread(target=work, daemon=True).start()
+        self._process = process
+        return process
 
 
-PARTS: dict[str, Callable[[Bench], Iterator[Line]]] = {"check": check, "bandwidth": bandwidth, "linear": linear}
+def child(facts: Mapping[str, Any]) -> None:
+    """The other end of `Apart`: takes numbers of rows, gives lines."""
+    bench = Bench(torch.device(facts["device"]), tuple(facts["tokens"]), facts["quick"], facts["B"])
+    rows = PARTS[facts["part"]].rows(bench)
+    out = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # what libraries print is not for the parent
+    for text in sys.stdin:
+        problem, fatal = None, False
+        try:
+            for line in rows[int(text)].run(bench):
+                out.write(json.dumps({"line": asdict(line)}) + "\n")
+        except Exception as error:
+            problem = f"{type(error).__name__}: {error}"
+        if bench.device.type == "cuda":
+            try:
+                torch.cuda.synchronize()
+                torch.cuda.empty_cache()
+            except Exception as error:  # a device error stays until the process ends
+                problem, fatal = problem or f"{type(error).__name__}: {error}", True
+        out.write(json.dumps({"end": problem, "fatal": fatal}) + "\n")
+
+
+def run_part(
+    name: str, part: Part, bench: Bench, workers: Callable[[str, Bench, Sequence[Row]], Worker], clock: Clock,
+    show: Callable[[Line], object],
+) -> list[str]:  # fmt: skip
+    """Run the rows of a part; adds to `bench.lines`, and returns the names of rows for which there was no time."""
+    try:
+        rows = part.rows(bench)
+    except Exception as error:
+        bench.lines.append(Line(name, "rows", {"failed": f"{type(error).__name__}: {error}"[:300]}, True))
+        return []
+    waiting = list(enumerate(rows))
+    dropped: list[str] = []
+    lock = threading.Lock()
+
+    def work() -> None:
+        worker = workers(name, bench, rows)
+        try:
+            while True:
+                with lock:
+                    if not waiting:
+                        return
+                    index, row = waiting.pop(0)
+                    if not clock.has(row.seconds, part.until):
+                        dropped.append(f"{name}: {row.name}")
+                        continue
+                lines, problem = worker.run(index, min(max(GRACE, 4 * row.seconds), max(clock.left(), 1)))
+                if problem is not None:
+                    lines = [*lines, Line(name, row.name, {"failed": problem.splitlines()[0][:300]}, True)]
+                with lock:
+                    for line in lines:
+                        bench.lines.append(line)
+                        show(line)
+        finally:
+            worker.close()
+
+    count = part.workers if workers is Apart else 1
+    threads = [threading.Thread(target=work) for _ in range(max(1, min(count, len(rows), os.cpu_count() or 1)))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return dropped
+
+
+class Clock:
+    """How much of the time is left."""
+
+    def __init__(self, budget_s: float) -> None:
+        self.budget_s = budget_s
+        self._began = time.monotonic()
+
+    def left(self) -> float:
+        """Seconds."""
+        return self.budget_s - (time.monotonic() - self._began)
+
+    def has(self, seconds: float, until: float) -> bool:
+        """Whether something that takes `seconds` would be over within the share `until` of the time."""
+        return self.budget_s - self.left() + seconds <= until * self.budget_s
 
 
 # Report
@@ -194,12 +242,15 @@ def table(lines: Sequence[Line]) -> str:
     out = []
     for part in dict.fromkeys(line.part for line in lines):
         rows = [line for line in lines if line.part == part]
-        columns = list(dict.fromkeys(column for line in rows for column in line.values))
+        columns = list(dict.fromkeys(column for line in rows for column in line.values if column != "failed"))
         width = max(len(part), *(len(line.name) for line in rows))
-        out.append(f"{part:{width}s} " + " ".join(f"{column:>10s}" for column in columns))
+        out.append(f"{part:{width}s} " + " ".join(f"{column:>10s}" for column in columns).rstrip())
         for line in rows:
-            cells = " ".join(f"{_cell(line.values.get(column, '')):>10s}" for column in columns)
-            out.append(f"{line.name:{width}s} {cells}" + ("  WRONG" if line.failed else ""))
+            cells = " ".join(
+                f"{_cell(line.values.get(column, '')):>{max(10, len(column))}s}" for column in columns
+            ).rstrip()
+            why = f"  {line.values['failed']}" if "failed" in line.values else ""
+            out.append(f"{line.name:{width}s} {cells}" + ("  WRONG" if line.failed else "") + why)
     return "\n".join(out)
 
 
@@ -207,16 +258,32 @@ def _cell(value: float | str) -> str:
     return value if isinstance(value, str) else str(value) if isinstance(value, int) else f"{value:.3g}"
 
 
-def record(lines: Sequence[Line], hardware: str, now: datetime.datetime) -> dict[str, object]:
-    """What goes to the JSON file."""
-    versions = {"python": platform.python_version(), "cuda": torch.version.cuda}
-    for package in PACKAGES:
+def versions() -> dict[str, str | None]:
+    """Of everything that matters; None for what is not installed."""
+    found: dict[str, str | None] = {"python": platform.python_version(), "cuda": torch.version.cuda}
+    for package in (*NEEDED, *OPTIONAL):
         try:
-            versions[package] = version(package)
+            found[package] = version(package)
         except PackageNotFoundError:
-            versions[package] = None
-    date = now.isoformat(timespec="seconds")
-    return {"date": date, "hardware": hardware, "versions": versions, "lines": [asdict(line) for line in lines]}
+            found[package] = None
+    return found
+
+
+def record(lines: Sequence[Line], hardware: str, now: datetime.datetime, **more: Any) -> dict[str, Any]:
+    """What goes to the JSON file."""
+    return {
+        "date": now.isoformat(timespec="seconds"), "hardware": hardware, "versions": versions(), **more,
+        "lines": [finite(asdict(line)) for line in lines],
+    }  # fmt: skip
+
+
+def finite(value: Any) -> Any:
+    """JSON has no NaN and no infinity: as words."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, dict):
+        return {key: finite(inner) for key, inner in value.items()}
+    return [finite(inner) for inner in value] if isinstance(value, list | tuple) else value
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -224,29 +291,57 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu")
     parser.add_argument("--part", default=",".join(PARTS), help="comma-separated, of: " + ", ".join(PARTS))
     parser.add_argument("--tokens", default="1,8,64", help="values of M to time")
+    parser.add_argument("--budget", type=float, default=500, help="seconds for everything")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--quick", action="store_true", help="smallest sizes only")
+    parser.add_argument("--in-process", action="store_true", help="run rows in this process")
     parser.add_argument("--results", type=Path, default=Path(__file__).with_name("results"))
+    parser.add_argument("--child", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
+    if options.child:
+        child(json.loads(options.child))
+        return 0
+    clock = Clock(options.budget)
     parts = options.part.split(",")
     if unknown := sorted(set(parts) - set(PARTS)):
         parser.error(f"--part: expected of {', '.join(PARTS)}, found {', '.join(unknown)}")
-    if not torch.cuda.is_available():
+    device = torch.device(options.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
         print("bench.gpu: no CUDA device; run it on a machine with an NVIDIA GPU", file=sys.stderr)
         return 3
-    bench = Bench(torch.device("cuda", torch.cuda.current_device()), tuple(int(M) for M in options.tokens.split(",")))
-    hardware = torch.cuda.get_device_name(bench.device)
+    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU {platform.machine()}"
+    bench = Bench(device, tuple(int(M) for M in options.tokens.split(",")), options.quick)
+    missing = [package for package, found in versions().items() if package in OPTIONAL and found is None]
+    print(f"{hardware}; not installed: {', '.join(missing) or 'nothing that could be used'}", file=sys.stderr)
+
+    def show(line: Line) -> None:
+        print(table([line]), file=sys.stderr, flush=True)
+
+    dropped: list[str] = []
+    took = {}
     for name in [part for part in PARTS if part in parts]:
-        for line in PARTS[name](bench):
-            bench.lines.append(line)
-            print(table([line]), file=sys.stderr, flush=True)
-        if any(line.failed for line in bench.lines):
-            break
+        began = clock.left()
+        dropped += run_part(name, PARTS[name], bench, Here if options.in_process else Apart, clock, show)
+        took[name] = round(began - clock.left(), 1)
+        for line in bench.lines:
+            if line.part == "bandwidth" and line.name.endswith("(B)") and "GB/s" in line.values:
+                bench.copy_bandwidth = float(line.values["GB/s"]) * 1e9
+    wrong = [line for line in bench.lines if line.failed]
+    targets = target_lines(bench.lines)
     now = datetime.datetime.now().astimezone()
+    command = " ".join(["python -m bench.gpu", *(sys.argv[1:] if arguments is None else arguments)])
+    facts = {"command": command, "missing": missing, "seconds": took, "dropped": dropped}
     options.results.mkdir(parents=True, exist_ok=True)
     path = options.results / f"{now.date()}-gpu-{hardware.lower().replace(' ', '-')}.json"
-    path.write_text(json.dumps(record(bench.lines, hardware, now), indent=1) + "\n")
+    path.write_text(json.dumps(record([*bench.lines, *targets], hardware, now, **facts), indent=1) + "\n")
     print(table(bench.lines))
-    print(f"written to {path}")
-    return 1 if any(line.failed for line in bench.lines) else 0
+    if dropped:
+        print(f"\nno time for {len(dropped)} rows: {'; '.join(dropped)}")
+    if wrong:
+        print(f"\n{len(wrong)} lines are wrong or failed:\n{table(wrong)}")
+    print(f"\n{table(targets)}")
+    print(f"\n{options.budget - clock.left():.0f} s, of which {', '.join(f'{n} {s:.0f}' for n, s in took.items())}; {path}")
+    return 1 if wrong else 0
 
 
 if __name__ == "__main__":

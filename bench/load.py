@@ -18,31 +18,30 @@ On CUDA three rates stand beside: files read into pinned memory, pinned memory c
 from __future__ import annotations
 
 import argparse
+import ctypes
 import gc
 import json
 import os
 import platform
+import random
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from runtime.architecture import read_architecture
-from runtime.builder import LayerBuilder
-from runtime.format import CONFIG_FILE, INDEX_FILE, CanonicalConfig, ModuleSpec
+from bench.models import Model, empty
+from runtime.format import CONFIG_FILE, INDEX_FILE, CanonicalConfig
 from runtime.layers import TORCH_DTYPES
 from runtime.loader import load_model
-from runtime.models import FAMILIES
-from runtime.shards import BUFFERS, PIECE, Shard, pieces, stream
+from runtime.shards import BUFFERS, PIECE, Part, Piece, Shard, pieces, stream
 
 SHARD = 1 << 30
 NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
@@ -93,44 +92,37 @@ def cases() -> dict[str, Case]:
     }
 
 
-@dataclass
-class Quantizing(LayerBuilder):
-    """A builder that quantises the linears of a case, and writes down how."""
-
-    case: Case | None = None
-    made: dict[str, ModuleSpec] = field(default_factory=dict)
-
-    def _spec(self, name: str, allowed: list[tuple[int, ...]], columns: int, experts: int | None) -> ModuleSpec | None:
-        assert self.case is not None
-        if not name.endswith(self.case.quantized):
-            return None
-        rows = allowed[0]
-        partitions = tuple((f"p{i}" if len(rows) > 1 else "", count) for i, count in enumerate(rows))
-        self.made[name] = ModuleSpec(
-            self.case.scheme, (sum(rows), columns), partitions, self.case.activations, experts=experts
-        )
-        return self.made[name]
-
-
 def generate(folder: Path, case: Case) -> tuple[int, int]:
-    """Write a canonical checkpoint.  Returns its tensors and bytes."""
-    network = FAMILIES[case.family]
-    empty = CanonicalConfig(case.family, case.architecture, {}, {}, {}, (), {})
-    build = Quantizing(empty, torch.device("cpu"), torch.float32, case=case)
-    model: nn.Module = network(read_architecture(network.architecture_type, case.architecture), build)
-    config = CanonicalConfig(case.family, case.architecture, build.made, {}, {}, (), {})
+    """Write a canonical checkpoint of random bytes.  Returns its tensors and bytes."""
+    linears = frozenset(case.quantized)
+
+    def formats(name: str) -> tuple[str, str] | None:
+        return (case.scheme, case.activations) if name.rpartition(".")[2] in linears else None
+
+    model = empty(Model("", case.family, case.architecture, formats), torch.device("cpu"), torch.float32)
+    tensors: dict[str, Tensor] = dict(model.state_dict())
+    noise = random.Random(0).randbytes(1 << 24).translate(bytes(byte % 0x7F for byte in range(256)))
+    return len(tensors), write(folder, model.config, tensors, SHARD, noise)
+
+
+def write(
+    folder: Path, config: CanonicalConfig, tensors: Mapping[str, Tensor], shard: int, noise: bytes | None = None
+) -> int:
+    """Write a canonical checkpoint in files of about `shard` bytes.  Returns the bytes of the files.
+
+    `noise`: what to write instead of the contents of `tensors`, which may then have no memory.
+    """
     shards: list[dict[str, Tensor]] = [{}]
-    for name, tensor in model.state_dict().items():
-        if shards[-1] and sum(t.nbytes for t in shards[-1].values()) + tensor.nbytes > SHARD:
+    for name, tensor in tensors.items():
+        if shards[-1] and sum(t.nbytes for t in shards[-1].values()) + tensor.nbytes > shard:
             shards.append({})
         shards[-1][name] = tensor
-    folder.mkdir(parents=True)
-    noise = np.random.default_rng(0).integers(0, 0x7F, 1 << 24, np.uint8).tobytes()
+    folder.mkdir(parents=True, exist_ok=True)
     index, total = {}, 0
-    for number, shard in enumerate(shards, 1):
+    for number, part in enumerate(shards, 1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         header, position = {}, 0
-        for name, tensor in shard.items():
+        for name, tensor in part.items():
             stop = position + tensor.nbytes
             header[name] = {"dtype": NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [position, stop]}
             position, index[name] = stop, file
@@ -138,12 +130,17 @@ def generate(folder: Path, case: Case) -> tuple[int, int]:
         raw += b" " * (-len(raw) % 8)
         with (folder / file).open("wb") as out:
             out.write(len(raw).to_bytes(8, "little") + raw)
-            while position:
-                position -= out.write(noise[:position])
+            if noise is None:
+                for tensor in part.values():
+                    here = tensor.detach().cpu().contiguous()
+                    out.write((ctypes.c_ubyte * here.nbytes).from_address(here.data_ptr()))
+            else:
+                while position:
+                    position -= out.write(noise[:position])
         total += (folder / file).stat().st_size
     (folder / INDEX_FILE).write_text(json.dumps({"metadata": {}, "weight_map": index}))
     (folder / CONFIG_FILE).write_text(json.dumps(config.to_json()))
-    return len(index), total
+    return total
 
 
 def touch(tensors: list[Tensor]) -> int:
@@ -193,37 +190,48 @@ def measure(mode: str, folder: Path, device: str) -> dict[str, float]:
 
 
 def rates(folder: Path, device: str) -> dict[str, float]:
-    """GB/s of a CUDA device: pinned copies alone, reading files into pinned memory alone, and both as the loader does."""
-    buffers = [torch.empty(PIECE, dtype=torch.uint8, pin_memory=True) for _ in range(BUFFERS)]
+    """GB/s: copies out of the loader's buffers alone, reading files into them alone, and both overlapped as the loader does.
+
+    On CUDA the buffers are pinned, and the last is `load_model` as a whole; elsewhere it is the stream alone, to memory.
+    """
+    on_cuda = torch.device(device).type == "cuda"
+    buffers = [torch.empty(PIECE, dtype=torch.uint8, pin_memory=on_cuda) for _ in range(BUFFERS)]
     target = torch.empty(PIECE, dtype=torch.uint8, device=device)
+    shards = [Shard(folder, file.name) for file in sorted(folder.glob("*.safetensors"))]
+    size = sum(entry.nbytes for shard in shards for entry in shard.tensors.values())
 
     def seconds(work: Callable[[], object]) -> float:
         best = float("inf")
         for _ in range(3):
-            torch.cuda.synchronize()
+            if on_cuda:
+                torch.cuda.synchronize()
             start = time.perf_counter()
             work()
-            torch.cuda.synchronize()
+            if on_cuda:
+                torch.cuda.synchronize()
             best = min(best, time.perf_counter() - start)
         return best
 
-    shards = [Shard(folder, file.name) for file in sorted(folder.glob("*.safetensors"))]
-    size = sum(entry.nbytes for shard in shards for entry in shard.tensors.values())
-
-    def read() -> None:
+    def work(place: str) -> Iterator[Piece]:
         for shard in shards:
             sizes = {name: entry.nbytes for name, entry in shard.tensors.items()}
-            places = [(name, torch.empty(nbytes, dtype=torch.uint8, device="meta")) for name, nbytes in sizes.items()]
-            stream(pieces(shard, places), buffers, lambda parts: int)
+            places = [(name, torch.empty(nbytes, dtype=torch.uint8, device=place)) for name, nbytes in sizes.items()]
+            yield from pieces(shard, places)
 
     def copy() -> None:
-        for number in range(size // PIECE):
+        for number in range(-(-size // PIECE)):
             target.copy_(buffers[number % BUFFERS], non_blocking=True)
 
+    def to_memory(parts: list[Part]) -> Callable[[], object]:
+        for there, here in parts:
+            there.copy_(here)
+        return int
+
+    both = (lambda: load_model(folder, device=device)) if on_cuda else (lambda: stream(work(device), buffers, to_memory))
     return {
-        "copy": size // PIECE * PIECE / seconds(copy) / 1e9,
-        "read": size / seconds(read) / 1e9,
-        "overlapped": size / seconds(lambda: load_model(folder, device=device)) / 1e9,
+        "copy": -(-size // PIECE) * PIECE / seconds(copy) / 1e9,
+        "read": size / seconds(lambda: stream(work("meta"), buffers, lambda parts: int)) / 1e9,
+        "overlapped": size / seconds(both) / 1e9,
     }
 
 
