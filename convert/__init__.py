@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from .batch import Job as Job
     from .batch import convert_batch as convert_batch
     from .batch import read_jobs as read_jobs
+    from .differ import Difference as Difference
+    from .differ import diff_checkpoints as diff_checkpoints
     from .executor import Report as Report
     from .executor import convert_checkpoint as convert_checkpoint
     from .exporter import export_checkpoint as export_checkpoint
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _WHERE = {
+    "Difference": "differ",
     "Job": "batch",
     "JobPlan": "jobs",
     "Plan": "plan",
@@ -44,6 +47,7 @@ _WHERE = {
     "commit_jobs": "jobs",
     "convert_batch": "batch",
     "convert_checkpoint": "executor",
+    "diff_checkpoints": "differ",
     "export_checkpoint": "exporter",
     "inspect_checkpoint": "inspector",
     "plan_conversion": "planner",

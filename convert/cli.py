@@ -19,7 +19,7 @@ from click.shell_completion import CompletionItem
 from . import __version__
 from .errors import ConvertError, MachineError, Problem, UsageError, printable
 from .events import Events
-from .screen import adapter_line, human, screen, tensor_lines
+from .screen import adapter_line, difference, human, screen, tensor_lines
 
 if TYPE_CHECKING:
     from .batch import JobRun
@@ -164,7 +164,8 @@ def cli() -> None:
     \b
     qconvert IN OUT              convert; OUT is complete, or absent with the reason
     qconvert IN OUT --dry-run    show what would be renamed, fused, expanded, dropped
-    qconvert inspect DIR         what a checkpoint is
+    qconvert inspect DIR         what a checkpoint is, and what is wrong with it
+    qconvert diff A B            what differs between two checkpoints
     qconvert verify IN OUT       prove OUT against IN, element by element
     qconvert export OUT DIR      back to Hugging Face names, dequantised
     qconvert batch JOBS          many checkpoints, one report
@@ -326,6 +327,28 @@ def inspect_command(directory: str, tensors: bool, as_json: bool, html_file: str
     if facts["refused"]:
         events().as_json = False  # the facts hold the reasons
         raise ConvertError([Problem(**problem) for problem in facts["problems"]])
+
+
+@cli.command("diff", context_settings=CONTEXT)
+@click.argument("a", metavar="A", type=Directory())
+@click.argument("b", metavar="B", type=Directory())
+@json_option("Print the differences as JSON.")
+@click.option("--values/--no-values", default=True, show_default=True, help="Compare values too, not structure alone.")
+@log_option
+def diff_command(a: str, b: str, as_json: bool, values: bool) -> int:
+    """Say what differs between the checkpoints A and B: tensors, configs, values.  Exit code 0: nothing; 1: they differ.
+
+    Each may be a checkpoint to convert or a canonical one; both are compared under canonical names.
+    """
+    from .differ import diff_checkpoints
+
+    found = diff_checkpoints(a, b, values=values)
+    if as_json:
+        emit(found.to_json())
+    else:
+        for line in difference(found):
+            click.echo(line)
+    return 0 if found.equal else 1
 
 
 @cli.command("verify", context_settings=CONTEXT)

@@ -183,3 +183,48 @@ def tensor_lines(rows: Iterable[Any]) -> Iterator[str]:
             f"{printable(row.scheme):<12} {row.dtype:<8} {shape:<16} {human(row.nbytes):>9}  {printable(row.file)}  "
             f"{printable(row.name)}{arrow}"
         )
+
+
+def difference(found: Any) -> Iterator[str]:
+    """The lines of one screen for a `differ.Difference`."""
+    how = "as they are stored, because one of them is refused" if found.compared == "stored" else "under canonical names"
+    yield f"compared {count(found.tensors, 'tensor')} {how}"
+    if found.compared == "canonical" and not found.stored_alike:
+        yield "stored under other names, which changes no meaning"
+    for title, names in (("only in A", found.only_in_a), ("only in B", found.only_in_b)):
+        yield from _patterns(title, names)
+    yield from _list("dtype or shape", (
+        f"{entry['tensor']}: {entry['a']['dtype']} {entry['a']['shape']}, in B {entry['b']['dtype']} {entry['b']['shape']}"
+        for entry in found.changed
+    ))  # fmt: skip
+    yield from _list("config", (
+        f"{entry['field']}: {entry['a']}, in B {entry['b']}{'' if entry['matters'] else ' (changes no meaning)'}"
+        for entry in found.config
+    ))  # fmt: skip
+    worst = sorted(found.values, key=lambda entry: -(entry["max_abs"] if entry["max_abs"] is not None else float("inf")))
+    yield from _list("values, the largest difference first", (
+        f"{entry['tensor']}: {entry['differ']:,} of {entry['elements']:,} {entry['dtype']} elements, "
+        f"by up to {_measure(entry['max_abs'])}"
+        for entry in worst
+    ))  # fmt: skip
+    weights = sorted(found.weights, key=lambda entry: -(entry["relative"] if entry["relative"] is not None else float("inf")))
+    yield from _list("dequantised weights, the largest relative difference first", (
+        f"{entry['module']}: {entry['a']}, in B {entry['b']}: {entry['differ']:,} of {entry['elements']:,}, "
+        f"by up to {_measure(entry['max_abs'])}, relative {_measure(entry['relative'])}"
+        for entry in weights
+    ))  # fmt: skip
+    yield from _list("other files", (
+        f"{entry['file']}: {entry['what']}{'' if entry['matters'] else ' (changes no number)'}" for entry in found.files
+    ))  # fmt: skip
+    what = "the same tensors and meaning" if found.values_compared else "the same structure; values were not compared"
+    yield what if found.equal else "they differ"
+
+
+def _measure(value: float | None) -> str:
+    return "no finite number" if value is None else f"{value:.3g}"
+
+
+def _patterns(title: str, names: list[str]) -> Iterator[str]:
+    yield from _list(f"{title}, {count(len(names), 'tensor')} of these kinds", (
+        f"{name}{f' x {n}' if n > 1 else ''}" for name, n in patterns(names)
+    ))  # fmt: skip
