@@ -288,7 +288,7 @@ def test_room_time_and_cancelling(batcher: Batcher) -> None:
     waiting = Client(batcher, time_limit_s=0.5)
     with pytest.raises(BusyError, match="wait already"):
         Client(batcher)
-    with pytest.raises(GaveUpError, match="within 0.5 s"):
+    with pytest.raises(GaveUpError, match=r"within 0\.5 s"):
         waiting.tokens()
     patient = Client(batcher)
     running[1].ticket.cancel()
