@@ -167,7 +167,7 @@ def cli() -> None:
     qconvert inspect DIR         what a checkpoint is, and what is wrong with it
     qconvert diff A B            what differs between two checkpoints
     qconvert verify IN OUT       prove OUT against IN, element by element
-    qconvert export OUT DIR      back to Hugging Face names, dequantised
+    qconvert export OUT DIR      back to Hugging Face names, for transformers, vLLM or SGLang
     qconvert batch JOBS          many checkpoints, one report
     qconvert plan IN OUT -o FILE jobs for a scheduler: run-job, commit
 
@@ -384,20 +384,34 @@ def verify_command(directories: tuple[str, ...], as_json: bool) -> None:
 @cli.command("export", context_settings=CONTEXT)
 @click.argument("out_dir", metavar="OUT", type=Directory())
 @click.argument("dest", metavar="DIR", type=Directory())
-@click.option("--to", type=click.Choice(["dense"]), default="dense", show_default=True, help="Form to export to.")
-@click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32", show_default=True)
+@click.option("--to", type=click.Choice(["dense", "compressed-tensors"]), default="dense", show_default=True, help="Form.")
+@click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32", show_default=True, help="Of dense.")
+@click.option("--fp8", type=click.Choice(["auto", "tensor", "channel"]), default="auto", show_default=True,
+              help="Per-tensor FP8 in compressed-tensors; auto: per channel where engines would else requantise.")
+@click.option("--requantize", is_flag=True, help="Change what has no exact form, and say by how much.")
 @click.option("--force", is_flag=True, help="Replace a non-empty DIR.")
 @json_option("Print the summary as JSON.")
 @log_option
-def export_command(out_dir: str, dest: str, to: str, dtype: str, force: bool, as_json: bool) -> None:
-    """Write the canonical checkpoint OUT to DIR under Hugging Face names, as transformers loads it."""
+def export_command(
+    out_dir: str, dest: str, to: str, dtype: str, fp8: str, requantize: bool, force: bool, as_json: bool
+) -> None:
+    """Write the canonical checkpoint OUT to DIR under Hugging Face names: dense for transformers, compressed for engines."""
     from .exporter import export_checkpoint
 
-    summary = export_checkpoint(out_dir, dest, to=to, dtype=dtype, force=force)
+    summary = export_checkpoint(out_dir, dest, to=to, dtype=dtype, fp8=fp8, requantize=requantize, force=force)
+    notes = list(summary.get("notes", ()))
+    changed = [c for c in summary.get("requantized", ()) if "relative_error" in c]
+    if changed:
+        worst = max(changed, key=lambda c: float(c["relative_error"]))
+        error = f"relative error up to {worst['relative_error']:.2g} ({worst['tensor']})"
+        notes.append(f"{len(changed)} weights requantised, {error}: --json lists them")
+    _warn(notes, {})
     if as_json:
         emit(summary)
-    else:
-        click.echo(f"{printable(dest)}: {summary['tensors']} tensors, {human(summary['bytes'])} in {summary['files']} files")
+        return
+    click.echo(f"{printable(dest)}: {summary['tensors']} tensors, {human(summary['bytes'])} in {summary['files']} files")
+    for group in summary.get("groups", ()):
+        click.echo(f"  {group['scheme']}, input {group['activations'] or 'as it is'}: {group['projections']} projections")
 
 
 @contextmanager

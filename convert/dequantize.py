@@ -26,7 +26,7 @@ E4M3 = _e4m3_table()  # value of each float8_e4m3fn code
 E2M1 = np.array([*E2M1_VALUES, *(-v for v in E2M1_VALUES)], np.float32)  # value of each nibble
 
 
-def _unpack(codes: NDArray[np.uint8]) -> Float32:
+def unpack(codes: NDArray[np.uint8]) -> Float32:
     """(rows, K / 2) packed nibbles to (rows, K) values, low nibble first."""
     values = np.empty((codes.shape[0], codes.shape[1] * 2), np.float32)
     values[:, 0::2] = E2M1[codes & 0xF]
@@ -75,9 +75,9 @@ def dequantize_rows(
     if spec.scheme == "nvfp4":
         scale_2 = to_float32(tensors["weight_scale_2"].tobytes(), "F32")
         scales = E4M3[block] * scale_2[partition_of_rows(spec, start, stop)][:, None]
-        return _unpack(weight) * np.repeat(scales, NVFP4_GROUP, axis=1)
+        return unpack(weight) * np.repeat(scales, NVFP4_GROUP, axis=1)
     scales = e8m0_to_float32(block.tobytes()).reshape(block.shape)
-    values = E4M3[weight] if spec.scheme == "mxfp8" else _unpack(weight)
+    values = E4M3[weight] if spec.scheme == "mxfp8" else unpack(weight)
     return values * np.repeat(scales, MX_GROUP, axis=1)
 
 
