@@ -227,6 +227,25 @@ def router(name: str, E: int, H: int, per_token: int, softmax: bool) -> Build:
     return Build(f"router {name}", "runtime.kernels.router:router_kernel", pointers, constants, registers=168, scalars=scalars)
 
 
+STEP = {"conv": "bf16", "weight": "bf16", "A_log": "f32", "dt_bias": "f32", "norm": "f32", "state": "f32", "positions": "i64"}
+STEP |= {"real": "bool", "out": "bf16"}
+DELTA_STEP = Build(
+    "gated delta net, one token", "runtime.kernels.gated_delta_step:gated_delta_step_kernel",
+    STEP | dict.fromkeys(("qkv", "z", "b", "a"), "bf16"),
+    {"KEY_HEADS": 16, "VALUE_HEADS": 48, "DK": 128, "DV": 128, "KEYS": 128, "VALUES": 128, "W": 4, "RING": 4, "SILU": True},
+    warps=4, registers=240, shared=8 * 2**10, multiples=("qkv_row", "z_row", "b_row", "a_row"), scalars={"eps": "fp32"},
+)  # fmt: skip
+MAMBA_STEP = Build(
+    "Mamba2, one token", "runtime.kernels.mamba2_step:mamba2_step_kernel",
+    STEP | dict.fromkeys(("z", "xbc", "dt", "bias"), "bf16") | {"D": "f32", "work": "f32", "count": "i32"},
+    {
+        "HEADS": 64, "P": 64, "GROUPS": 8, "N": 128, "ROWS": 64, "COLUMNS": 128, "GROUP": 512, "W": 4, "RING": 4,
+    },
+    warps=4, registers=168, shared=8 * 2**10, multiples=("z_row", "xbc_row", "dt_row"),
+    scalars=dict.fromkeys(("eps", "low", "high"), "fp32"),
+)  # fmt: skip
+
+
 QUANTIZE = {"x": "bf16", "codes": "f8", "scales": "f32"}
 BUILDS = [
     fp8("W8A16 rows", 8, split=1),
@@ -266,6 +285,8 @@ BUILDS = [
           {"H": 2048, "PER_TOKEN": 8, "STEP": 1024}),
     Build("nvfp4 quantise", "runtime.kernels.nvfp4_quantize:quantize_kernel",
           {"x": "bf16", "out": "bf16", "input_scale": "f32"}, {"K": 5120, "GROUPS": 64, "SHARED": 1, "chosen": None}),
+    DELTA_STEP,
+    MAMBA_STEP,
     attention("heads of 256", 4, 6, 256),
     attention("heads of 256, FP8, whole", 2, 8, 256, scales=1, ranges=1),
     attention("heads of 128, FP8 by head", 2, 16, 128, scales=2),

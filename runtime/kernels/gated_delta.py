@@ -11,9 +11,28 @@ Source: "Gated Delta Networks" (arXiv 2412.06464), in the form that transformers
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """A gated delta net around the rule: heads and their sizes, width of the convolution, and its norm.
+
+    `gate`: "silu" or "sigmoid", of the norm.
+    """
+
+    key_heads: int
+    value_heads: int
+    key_dim: int
+    value_dim: int
+    width: int
+    eps: float
+    gate: str
+
 
 CHUNK = 64  # tokens that one triangular system covers
 SEGMENT = 4096  # tokens whose systems are alive at once: bounds the memory of a long prompt

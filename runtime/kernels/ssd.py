@@ -12,9 +12,29 @@ Source: "Transformers are SSMs" (arXiv 2405.21060), in the form that transformer
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """A Mamba2 layer around the recurrence: heads and their size P, groups, state size N, width of the convolution.
+
+    `shortest`, `longest`: bounds of a time step.  `eps`: of the norm.
+    """
+
+    heads: int
+    head_dim: int
+    groups: int
+    state_size: int
+    width: int
+    eps: float
+    shortest: float
+    longest: float
+
 
 CHUNK = 64  # tokens that one product of matrices covers
 SEGMENT = 1024  # tokens whose products are alive at once: bounds the memory of a long prompt

@@ -25,6 +25,7 @@ OPERATIONS = (FEW, LINEAR, EXPERTS)
 ATTEND = "attention, one token"
 ROUTED_TOKENS = 64  # rows of input that "router" takes
 ROUTE = "router"
+DELTA_STEP, MAMBA_STEP = "gated delta net, one token", "Mamba2, one token"
 TORCH = "torch"
 FP8_INPUTS = (None, "fp8_static", "fp8_tensor", "fp8_token", "fp8_group", "fp8_group_e8m0")
 
@@ -69,6 +70,15 @@ ROWS = (
         ("kv bf16", "kv fp8"), (ATTEND,), (None,), (90, 110), "runtime.kernels.attention_decode",
         "reads each key and value once, of as many sequences as there are, whatever their lengths",
     ),
+    Row(
+        ("state fp32",), (DELTA_STEP,), (None,), (90, 110), "runtime.kernels.gated_delta_step",
+        "convolution, gates, recurrence and norm in one launch; reads and writes the state once",
+    ),
+    Row(
+        ("state fp32",), (MAMBA_STEP,), (None,), (90, 110), "runtime.kernels.mamba2_step",
+        "convolution, time step, recurrence and norm in one launch; reads and writes the state once",
+    ),
+    Row(("state fp32",), (DELTA_STEP, MAMBA_STEP), None, None, TORCH, "each part by itself; runs anywhere"),
     Row(("kv bf16", "kv fp8"), (ATTEND,), None, None, TORCH, "scaled_dot_product_attention of decoded values; runs anywhere"),
     Row(("router",), (ROUTE,), (None,), (90, 110), "runtime.kernels.router", "the matrix and the choice in one launch"),
     Row(("router",), (ROUTE,), None, None, TORCH, "a float32 matmul and a handful of operations; runs anywhere"),

@@ -18,11 +18,13 @@ from runtime.architecture import Architecture, refused
 from runtime.builder import LayerBuilder
 from runtime.convolution import CausalConv1d
 from runtime.experts import Experts
-from runtime.kernels.ssd import ssd
+from runtime.kernels.ssd import Sizes, ssd
+from runtime.kernels.table import MAMBA_STEP
 from runtime.layers import Linear, stored
 from runtime.models.base import CausalLM, Draft, Trunk
 from runtime.nonlinear import relu2
 from runtime.norms import GroupedRMSNorm, LateRoundingRMSNorm
+from runtime.recurrent import RecurrentMixer
 from runtime.rotary import split_heads
 from runtime.routing import Router, Rule
 from runtime.state import Cache, CacheSize, KVCache, RecurrentCache, Tokens
@@ -113,8 +115,10 @@ class Mixer(Protocol):
         """An empty cache, or None for a mixer that remembers nothing."""
 
 
-class Mamba2(nn.Module):
+class Mamba2(RecurrentMixer):
     """A state space with one decay per head and token: a short convolution, the recurrence, a gated norm."""
+
+    operation = MAMBA_STEP
 
     def __init__(self, a: NemotronHArchitecture, build: LayerBuilder, name: str) -> None:
         super().__init__()
@@ -130,10 +134,18 @@ class Mamba2(nn.Module):
         self.shortest, self.longest = low or 0.0, math.inf if high is None else high
         self.norm = GroupedRMSNorm(self.inner, a.rms_norm_eps, a.n_groups)
         self.out_proj = build.linear(f"{name}.out_proj", a.hidden_size, self.inner, a.mamba_bias)
+        self.sizes = Sizes(
+            self.heads, self.head_dim, a.n_groups, self.state_size,
+            a.conv_kernel, a.rms_norm_eps, self.shortest, self.longest,
+        )  # fmt: skip
 
     def forward(self, x: Tensor, at: Tokens, cache: RecurrentCache) -> Tensor:
         """`[B, T, H]` to `[B, T, H]`."""
-        z, xbc, dt = self.z_xbc_dt(x)[0].split([self.inner, self.inner + 2 * self.groups, self.heads], -1)
+        parts = self.z_xbc_dt(x)[0].split([self.inner, self.inner + 2 * self.groups, self.heads], -1)
+        return self.out_proj(self.recur(*parts, at=at, cache=cache))
+
+    def mix(self, z: Tensor, xbc: Tensor, dt: Tensor, *, at: Tokens, cache: RecurrentCache) -> Tensor:
+        """`[B, T, inner]`, `[B, T, channels]` and `[B, T, heads]` to `[B, T, inner]`."""
         xbc = F.silu(self.conv1d(xbc, at, cache)).float()
         x, b, c = xbc.split([self.inner, self.groups, self.groups], -1)
         x, b, c = split_heads(x, self.head_dim), split_heads(b, self.state_size), split_heads(c, self.state_size)
@@ -141,7 +153,7 @@ class Mamba2(nn.Module):
         dt = at.silence(dt).transpose(1, 2).unsqueeze(-1)  # (B, heads, T, 1); no time passes where no token is
         decay = dt.squeeze(-1) * -self.A_log.float().exp().unsqueeze(-1)
         y = cache.scan(ssd, (x * dt, b, c, decay), at) + x * self.D.float().view(-1, 1, 1)
-        return self.out_proj(self.norm(y.transpose(1, 2).flatten(2), z))
+        return self.norm(y.transpose(1, 2).flatten(2), z)
 
     def new_cache(self, size: CacheSize) -> RecurrentCache:
         """An empty cache; its size does not depend on how long the sequence is."""

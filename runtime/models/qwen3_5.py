@@ -16,10 +16,12 @@ from torch import Tensor, nn
 from runtime.architecture import RotaryArchitecture, refused
 from runtime.builder import LayerBuilder
 from runtime.convolution import CausalConv1d
-from runtime.kernels.gated_delta import gated_delta
+from runtime.kernels.gated_delta import Sizes, gated_delta
+from runtime.kernels.table import DELTA_STEP
 from runtime.layers import Linear, stored
 from runtime.models.base import CausalLM, Draft, GatedMLP, Trunk
 from runtime.norms import GatedRMSNorm, ZeroCenteredRMSNorm
+from runtime.recurrent import RecurrentMixer
 from runtime.rotary import Rope, split_heads
 from runtime.state import CacheSize, KVCache, RecurrentCache, Tokens
 
@@ -91,8 +93,10 @@ class Attention(nn.Module):
         return self.kv.new_cache(size)
 
 
-class GatedDeltaNet(nn.Module):
+class GatedDeltaNet(RecurrentMixer):
     """Linear attention: a short convolution, the gated delta rule, a gated norm."""
+
+    operation = DELTA_STEP
 
     def __init__(self, a: HybridArchitecture, build: LayerBuilder, name: str) -> None:
         super().__init__()
@@ -108,11 +112,17 @@ class GatedDeltaNet(nn.Module):
         self.dt_bias = stored(self.value_heads)
         self.norm = GatedRMSNorm(self.value_dim, a.rms_norm_eps, a.output_gate)
         self.out_proj = build.linear(f"{name}.out_proj", a.hidden_size, v_rows)
+        self.sizes = Sizes(
+            self.key_heads, self.value_heads, self.key_dim, self.value_dim,
+            a.linear_conv_kernel_dim, a.rms_norm_eps, a.output_gate,
+        )  # fmt: skip
 
     def forward(self, x: Tensor, at: Tokens, cache: RecurrentCache) -> Tensor:
         """`[B, T, H]` to `[B, T, H]`; no rotary positions: order is in the recurrence."""
-        qkv, z = self.qkv_z(x)
-        b, a = self.b_a(x)
+        return self.out_proj(self.recur(*self.qkv_z(x), *self.b_a(x), at=at, cache=cache))
+
+    def mix(self, qkv: Tensor, z: Tensor, b: Tensor, a: Tensor, *, at: Tokens, cache: RecurrentCache) -> Tensor:
+        """`[B, T, channels]`, `[B, T, Hv * dv]` and twice `[B, T, Hv]` to `[B, T, Hv * dv]`."""
         qkv = F.silu(self.conv1d(qkv, at, cache))
         k_rows = self.key_heads * self.key_dim
         q, k, v = qkv.split([k_rows, k_rows, self.value_heads * self.value_dim], -1)
@@ -125,8 +135,7 @@ class GatedDeltaNet(nn.Module):
         beta = at.silence(b.sigmoid().float()).transpose(1, 2)  # no write and no decay where no token is
         g = at.silence(-self.A_log.float().exp() * F.softplus(a.float() + self.dt_bias)).transpose(1, 2)
         o = cache.scan(gated_delta, (q * self.key_dim**-0.5, k, v, g, beta), at)
-        o = self.norm(o.transpose(1, 2).to(x.dtype), z.unflatten(-1, (-1, self.value_dim)))
-        return self.out_proj(o.flatten(2))
+        return self.norm(o.transpose(1, 2).to(z.dtype), z.unflatten(-1, (-1, self.value_dim))).flatten(2)
 
     def new_cache(self, size: CacheSize) -> RecurrentCache:
         """An empty cache; its size does not depend on how long the sequence is."""
