@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
-from .dialects.base import Module, ModuleNames, Rules
+from .dialects.base import ModuleNames, Pattern, Rules
 from .families.base import Linear, Placed
 
 SHOWN = 20  # names in one line of a report
@@ -32,6 +32,7 @@ class Inventory:
                     self._names.add(name)
                     name = name.rpartition(".")[0]
         self._sorted = sorted(self._names)
+        self._spelt: dict[bool, list[str]] = {}
 
     def has(self, name: str) -> bool:
         """Whether a canonical name means something."""
@@ -49,20 +50,25 @@ class Inventory:
         at = bisect_left(self._sorted, head)
         return (at < len(self._sorted) and self._sorted[at].startswith(head)) or self.has(head.rpartition(".")[0])
 
-    def modules(self, pattern: str) -> Iterator[Module]:
-        """Every module that a pattern may mean: where it has no digit, the first and the last expert stand for all."""
-        names = list(self._modules)
-        alike = not any(c.isdigit() for c in pattern)
-        for container, (count, below) in self._stacks.items():
-            for e in {0, count - 1} if alike else range(count):
-                names += (f"{container}.{e}.{last}" for last in below if last)
-        return (Module(name, self._spell(name), name) for name in names)
+    def names(self, alike: bool) -> list[str]:
+        """Every name that a pattern may match; when experts are alike to it, the first and the last one stand for all."""
+        if alike not in self._spelt:
+            names = list(self._modules)
+            for container, (count, below) in self._stacks.items():
+                for e in {0, count - 1} if alike else range(count):
+                    names += (f"{container}.{e}.{last}" for last in below if last)
+            self._spelt[alike] = [spelt for name in names for spelt in (name, *self._spell(name))]
+        return self._spelt[alike]
+
+    def means_something(self, pattern: Pattern) -> bool:
+        """Whether a pattern matches any name.  One without a digit cannot tell one expert from another."""
+        return pattern.matches(self.names(not any(c.isdigit() for c in pattern.written)))
 
     def idle(self, listed: ModuleNames) -> list[str]:
         """The entries of a list that mean nothing, as the config writes them."""
         found = [name for name, canonical in listed.written.items() if not self.has(canonical)]
         found += [pattern for pattern, head in listed.starred.items() if not self.begins(head)]
-        return found + [text for text, matches in listed.drawn.items() if not any(map(matches, self.modules(text)))]
+        return found + [text for text, pattern in listed.drawn.items() if not self.means_something(pattern)]
 
 
 def _line(what: str, names: Sequence[str]) -> list[str]:

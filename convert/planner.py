@@ -23,7 +23,7 @@ from .adapters import MARKS, Wrapped, build_adapters, find_adapters, stand_ins, 
 from .collector import collector_paused
 from .describe import name_repairs
 from .dialects import DIALECTS, find_configs, refused
-from .dialects.base import Rules, regexes_limited
+from .dialects.base import Rules, patterns_limited
 from .draft import Draft
 from .errors import ORIGINAL, ConvertError, Problem
 from .families import detect_family
@@ -45,7 +45,7 @@ from .families.base import (
 from .index import Index, Modules, all_segments, by_module
 from .kv_scales import plan_kv_scales
 from .layout import pack
-from .limits import MAX_LAYERS
+from .limits import MAX_GROUPS, MAX_LAYERS
 from .linears import Linears
 from .lists import Inventory, idle_entries
 from .ops import Step, Term
@@ -272,7 +272,7 @@ def producer(source: Source) -> str:
 
 
 @collector_paused()
-@regexes_limited()
+@patterns_limited()
 def plan_source(source: Source, shard_size: int | None = None) -> Plan:
     """Plan the conversion of a source that has been read.
 
@@ -284,6 +284,10 @@ def plan_source(source: Source, shard_size: int | None = None) -> Plan:
     refused.refuse_foreign(source.tensors.values(), stored, segments)
     family = detect_family(source.config)
     rules = [config.read(family.names) for config in configs]
+    for r in rules:
+        if len(r.ordered) > MAX_GROUPS:
+            expected, found = f"at most {MAX_GROUPS} groups of modules with schemes of their own", f"{len(r.ordered)}"
+            raise ConvertError(Problem(r.where, "", expected, found, "name the modules instead of using wildcards"))
     architecture = resolve_architecture(family, source.config)
     index = Index(family, joined_names(family, SUFFIXES))
     draft = Draft(index, next(iter(source.files)))

@@ -361,6 +361,13 @@ REFUSED = [
             ("with-a-huge-count", "a{99999999999999999999}", ("regular",)), ("of-1-MB", "x|" * 500_000, ("100000",)),
         )
     ),
+    Refused(51, "wildcards-that-are-slow-together", FP8, quantisation(lambda q: q["ignore"].extend(
+        f"*m*o*d*e*l*{number}x" for number in range(20_000))), ("pattern",), "config.json"),
+    Refused(51, "wildcard-of-1-MB", FP8, quantisation(lambda q: q["ignore"].append("*a" * 500_000)), ("100000",), "config.json"),
+    Refused(51, "wildcards-with-schemes-of-their-own", FP8, config(lambda c: c.update(quantization_config={
+        "quant_method": "modelopt", "quant_algo": "MIXED_PRECISION", "quantized_layers": {
+            f"model.x{number}*": {"quant_algo": ("FP8", "W4A16_NVFP4")[number % 2]} for number in range(2000)}})),
+            ("1000 groups", "2000"), "config.json"),
     Refused(52, "pickles-only", FP8, both(lambda folder, built: (folder / FILE).rename(folder / "pytorch_model.bin"), nothing),
             ("pickle", "safetensors"), "pytorch_model.bin"),
     Refused(65, "unknown-model-type", DENSE, config(lambda c: c.update(model_type="model_of_tomorrow")),
@@ -598,6 +605,19 @@ def test_regexes_in_other_threads(
     with ThreadPoolExecutor(1) as pool:
         planned = pool.submit(convert.plan_conversion, built.directory)
         assert isinstance(planned.exception(), convert.ConvertError) == refused
+
+
+def test_many_patterns_in_other_threads(
+    prepared: Callable[..., Built], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """51: there the time of all patterns together is limited between matches."""
+    built = prepared(FP8, tmp_path / "in")
+    quantisation(lambda q: q["ignore"].extend(f"*m*o*d*e*l*{number}x" for number in range(20_000)))(built.directory, built)
+    monkeypatch.setattr(convert.dialects.base, "MAX_REGEXES_S", 0.2)
+    with ThreadPoolExecutor(1) as pool:
+        error = pool.submit(convert.plan_conversion, built.directory).exception()
+    assert isinstance(error, convert.ConvertError)
+    assert "patterns that match within 0.2 s" in str(error)
 
 
 def test_out_of_hard_links_to_in(prepared: Callable[..., Built], cli: Cli, tmp_path: Path) -> None:

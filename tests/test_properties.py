@@ -197,8 +197,10 @@ def test_experts_asked_together(place: str) -> None:
         for entry in entries:
             if entry.startswith("re:"):
                 listed.add_regex(entry[3:], "config.json")
+            elif has_wildcard(entry):
+                listed.add_wildcard(entry, space, "config.json")
             else:
-                (listed.add_wildcard if has_wildcard(entry) else listed.add_name)(entry, space)
+                listed.add_name(entry, space)
         return listed
 
     wrappers = ("model.language_model", "language_model.model")

@@ -12,7 +12,7 @@ import signal
 import sys
 import threading
 import time
-from bisect import bisect_right, insort
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -202,6 +202,39 @@ class Experts(NamedTuple):
         return Module(self.canonical[index], spellings, self.fused, self.is_linear, self.others)
 
 
+@dataclass(frozen=True, slots=True)
+class Pattern:
+    """A regular expression or shell wildcard of a config, which holds for a module when it matches any name of it.
+
+    compiled, where, written   the expression, which config has it, and how
+    literal  text that every match has, found much faster than the expression fails; "" if none is known
+    fused    whether it covers the parts of a fused module by that one's name
+    """
+
+    compiled: re.Pattern[str]
+    where: str
+    written: str
+    literal: str = ""
+    fused: bool = False
+
+    def __call__(self, module: Module) -> bool:
+        """Whether it covers a module."""
+        names = (module.canonical, *module.spellings, *module.others)
+        return self.matches((*names, module.fused) if self.fused else names)
+
+    def matches(self, names: Iterable[str]) -> bool:
+        """Whether it matches any of some names."""
+        match, literal = self.compiled.match, self.literal
+        with _TIMER.watch(self.where, self.written):
+            return any(match(name) for name in names if literal in name)
+
+    def tells_apart(self, experts: Experts) -> bool:
+        """Whether it covers some of these modules and not the others."""
+        with _TIMER.watch(self.where, self.written):
+            columns = [names for names in (experts.canonical, *experts.spellings) if self.literal in "\n".join(names)]
+            return len({any(map(self.compiled.match, names)) for names in zip(*columns, strict=True)}) > 1
+
+
 Matcher = Callable[[Module], bool]
 
 # Patterns that cannot tell one number between dots from another: letters, ends, alternatives, `.*`, and a `\.` or `.` in a
@@ -217,20 +250,21 @@ class ModuleNames:
     end in their only star, which mean all that begins alike; only real patterns are tried one by one.
 
     canonical  canonical names           written   as they stand in the config -> the same canonical
-    heads      what stands before such a star: sorted, and none of them begins with another
+    heads      what stands before such a star; once settled, sorted, and none of them begins with another
     starred    all of these as they stand in the config -> what stands before the star
-    patterns   matchers of everything else;   sighted  those of them that may tell one number from another
-    drawn      patterns as they stand in the config, a matcher each
+    patterns   everything else;   sighted  those of them that may tell one number from another
+    drawn      patterns as they stand in the config
     containers what has been looked up: path -> whether it or a container of it is listed
     """
 
     canonical: set[str] = field(default_factory=set)
     written: dict[str, str] = field(default_factory=dict)
     heads: list[str] = field(default_factory=list)
+    settled: bool = True
     starred: dict[str, str] = field(default_factory=dict)
     patterns: list[Matcher] = field(default_factory=list)
-    sighted: list[Matcher] = field(default_factory=list)
-    drawn: dict[str, Matcher] = field(default_factory=dict)
+    sighted: list[Pattern] = field(default_factory=list)
+    drawn: dict[str, Pattern] = field(default_factory=dict)
     containers: dict[str, bool] = field(default_factory=dict)
 
     def add_name(self, name: str, space: NameSpace) -> None:
@@ -239,8 +273,11 @@ class ModuleNames:
         self.canonical.add(canonical)
         self.written[name] = canonical
 
-    def add_wildcard(self, pattern: str, space: NameSpace) -> None:
-        """Cover what a shell wildcard matches; `*` crosses dots (nvidia-modelopt).  The literal head may have any prefix."""
+    def add_wildcard(self, pattern: str, space: NameSpace, where: str) -> None:
+        """Cover what a shell wildcard matches; `*` crosses dots (nvidia-modelopt).  The literal head may have any prefix.
+
+        Raises `ConvertError` if it is too long.
+        """
         head, star, tail = pattern.partition("*")
         if not has_wildcard(head):
             # Canonicalise the literal part up to its last whole segment, so that any wrapper spelling of it matches.
@@ -252,23 +289,28 @@ class ModuleNames:
                 head = root
             if star and not tail:
                 self.starred[pattern] = head
-                self._add_head(head)
+                self.heads.append(head)
+                self.settled = False
                 return
-        compiled = re.compile(fnmatch.translate(f"{head}{star}{tail}"))
+        whole = f"{head}{star}{tail}"
+        compiled = _compile(fnmatch.translate(whole) if len(whole) <= MAX_PATTERN else whole, where, pattern)
+        literal = max(_WILD.split(whole), key=len)
+        self._add_pattern(
+            Pattern(compiled, where, pattern, literal, True), pattern.replace(".", "\\.").replace("*", ".*")
+        )
 
-        def matches(module: Module) -> bool:
-            return any(compiled.match(n) for n in (module.canonical, module.fused, *module.spellings, *module.others))
-
-        self._add_pattern(pattern, matches, pattern.replace(".", "\\.").replace("*", ".*"))
-
-    def _add_head(self, head: str) -> None:
-        if self._begins(head):
-            return
-        self.heads = [h for h in self.heads if not h.startswith(head)]
-        insort(self.heads, head)
+    def _settle(self) -> None:
+        """Sort the heads, and leave out those that begin with another: each comes right behind the ones that begin it."""
+        heads: list[str] = []
+        for head in sorted(self.heads):
+            if not heads or not head.startswith(heads[-1]):
+                heads.append(head)
+        self.heads, self.settled = heads, True
 
     def _begins(self, name: str) -> bool:
         """Whether a name begins with one of the heads: then that is the last of those that sort before it."""
+        if not self.settled:
+            self._settle()
         at = bisect_right(self.heads, name)
         return at > 0 and name.startswith(self.heads[at - 1])
 
@@ -286,30 +328,17 @@ class ModuleNames:
 
         Raises `ConvertError` if it is invalid.
         """
-        if len(pattern) > MAX_PATTERN:
-            expected, found = f"a pattern of at most {MAX_PATTERN} characters", f"{len(pattern)}"
-            raise ConvertError(Problem(where, "", expected, found, "simplify the pattern"))
-        try:
-            compiled = re.compile(pattern)
-        except (re.error, RecursionError, OverflowError) as error:
-            raise ConvertError(
-                Problem(where, "", "a regular expression", f"{pattern!r} ({error})", "correct the pattern")
-            ) from None
-        if not _REGEX_TIMER.is_on() and _may_backtrack(pattern):
-            expected = "a pattern with few repeats and none inside another, as matching has no time limit in this thread"
+        compiled = _compile(pattern, where, pattern)
+        if not _TIMER.interrupts and _may_backtrack(pattern):
+            expected = "a pattern with few repeats and none inside another, as a match cannot be interrupted in this thread"
             raise ConvertError(Problem(where, "", expected, repr(pattern), "simplify it, or convert in the main thread"))
+        self._add_pattern(Pattern(compiled, where, f"re:{pattern}"), pattern)
 
-        def matches(module: Module) -> bool:
-            with _REGEX_TIMER.watch(where, pattern):
-                return any(compiled.match(n) for n in {*module.spellings, module.canonical, *module.others})
-
-        self._add_pattern(f"re:{pattern}", matches, pattern)
-
-    def _add_pattern(self, written: str, matches: Matcher, regex: str) -> None:
-        self.patterns.append(matches)
-        self.drawn[written] = matches
+    def _add_pattern(self, pattern: Pattern, regex: str) -> None:
+        self.patterns.append(pattern)
+        self.drawn[pattern.written] = pattern
         if not _BLIND_TO_NUMBERS.fullmatch(regex):
-            self.sighted.append(matches)
+            self.sighted.append(pattern)
 
     def cover(self, module: Module) -> bool:
         """Whether any name or pattern means this module."""
@@ -331,11 +360,29 @@ class ModuleNames:
         listed += [self.written.keys() & names for names in experts.spellings if self.written]
         if any(len(names) not in (0, count) for names in listed):
             return True
+        if not self.settled:
+            self._settle()
         for names in columns if self.heads else ():
             ends = (min(names), max(names))  # what both of them begin with, or none of them, holds for all between
             if len({(bisect_right(self.heads, name), self._begins(name)) for name in ends}) > 1:
                 return True
-        return any(len({matches(experts.module(i)) for i in range(count)}) > 1 for matches in self.sighted)
+        return any(pattern.tells_apart(experts) for pattern in self.sighted)
+
+
+_WILD = re.compile(r"\*|\?|\[.*")  # where the literal text of a shell wildcard ends
+
+
+def _compile(regex: str, where: str, written: str) -> re.Pattern[str]:
+    """Compile a pattern of a config.  Raises `ConvertError` if it is invalid, too long or takes too long."""
+    if len(regex) > MAX_PATTERN:
+        expected, found = f"a pattern of at most {MAX_PATTERN} characters", f"{len(regex)}"
+        raise ConvertError(Problem(where, "", expected, found, "simplify the pattern"))
+    try:
+        with _TIMER.watch(where, written):
+            return re.compile(regex)
+    except (re.error, RecursionError, OverflowError) as error:
+        found = f"{written!r} ({error})"
+        raise ConvertError(Problem(where, "", "a regular expression", found, "correct the pattern")) from None
 
 
 def has_wildcard(name: str) -> bool:
@@ -365,68 +412,72 @@ def _may_backtrack(pattern: str) -> bool:
     return nested(_PARSER.parse(pattern), False) or repeats > MOST_REPEATS
 
 
-class _RegexTimer:
-    """Interrupts regular expressions that backtrack for ever, and counts the CPU time that they take.
+class _PatternTimer(threading.local):
+    """Limits the CPU time of the patterns of configs, in each thread its own.
 
-    The handler is installed once for a whole plan, because Python takes much longer to install it than to start the timer.
+    In the main thread a match that backtracks for ever is interrupted.  In others Python cannot do so: there the time is only
+    looked at between matches.  The handler is installed once for a whole plan, because Python takes much longer to install it
+    than to start the timer.
     """
 
-    def __init__(self) -> None:
-        self.thread = 0  # that the handler is installed for; 0 for none
-        self.running = ("", "")  # where the expression stands, and the expression
-        self.left = MAX_REGEXES_S  # of all expressions
-        self.left_of: dict[tuple[str, str], float] = {}
-        self.started = 0.0
+    limits = False  # whether there is a limit now
+    interrupts = False  # whether matches are interrupted
+    running = ("", "")  # where the pattern stands, and the pattern
+    left = 0.0  # of all patterns
+    started = 0.0
 
-    def is_on(self) -> bool:
-        """Whether matches are timed in this thread."""
-        return self.thread == threading.get_ident()
+    def __init__(self) -> None:
+        self.left_of: dict[tuple[str, str], float] = {}
 
     def stop(self, *_: object) -> NoReturn:
         """The time is over."""
         where, pattern = self.running
         limit = f"within {MAX_REGEX_S} s" if self.left > MAX_REGEX_S else f"among patterns that match within {MAX_REGEXES_S} s"
-        raise ConvertError(Problem(where, "", f"a pattern that matches {limit}", repr(pattern), "simplify the pattern"))
+        found = f"{pattern!r:.200}"
+        raise ConvertError(Problem(where, "", f"a pattern that matches {limit}", found, "simplify the pattern"))
 
     def __enter__(self) -> None:
-        if self.is_on():
+        if self.interrupts:
             left = min(self.left, self.left_of.get(self.running, MAX_REGEX_S))
             signal.setitimer(signal.ITIMER_VIRTUAL, max(left, 1e-6))  # 0 would be no timer
+        if self.limits:
             self.started = time.thread_time()
 
-    def __exit__(self, *_: object) -> None:
-        if self.is_on():
+    def __exit__(self, kind: object, *_: object) -> None:
+        if self.interrupts:
             signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        if self.limits:
             taken = time.thread_time() - self.started
             self.left -= taken
-            self.left_of[self.running] = self.left_of.get(self.running, MAX_REGEX_S) - taken
+            self.left_of[self.running] = left = self.left_of.get(self.running, MAX_REGEX_S) - taken
+            if kind is None and min(left, self.left) <= 0:
+                self.stop()
 
-    def watch(self, where: str, pattern: str) -> _RegexTimer:
-        """To be entered around one match."""
+    def watch(self, where: str, pattern: str) -> _PatternTimer:
+        """To be entered around matches of one pattern."""
         self.running = (where, pattern)
         return self
 
 
-_REGEX_TIMER = _RegexTimer()
+_TIMER = _PatternTimer()
 
 
 @contextmanager
-def regexes_limited() -> Iterator[None]:
-    """Within it, regular expressions take no longer than `MAX_REGEX_S` and `MAX_REGEXES_S`.
-
-    Works in the main thread, where Python allows timers.  Also a decorator.
-    """
-    timer = _REGEX_TIMER
-    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer") or timer.thread:
+def patterns_limited() -> Iterator[None]:
+    """Within it, patterns of configs take no longer than `MAX_REGEX_S` and `MAX_REGEXES_S`.  Also a decorator."""
+    timer = _TIMER
+    if timer.limits:
         yield
         return
-    before = signal.signal(signal.SIGVTALRM, timer.stop)
-    timer.thread, timer.left, timer.left_of = threading.get_ident(), MAX_REGEXES_S, {}
+    timer.limits, timer.left, timer.left_of = True, MAX_REGEXES_S, {}
+    timer.interrupts = threading.current_thread() is threading.main_thread() and hasattr(signal, "setitimer")
+    before = signal.signal(signal.SIGVTALRM, timer.stop) if timer.interrupts else None
     try:
         yield
     finally:
-        timer.thread = 0
-        signal.signal(signal.SIGVTALRM, before)
+        if timer.interrupts:
+            signal.signal(signal.SIGVTALRM, before)
+        timer.limits = timer.interrupts = False
 
 
 @dataclass(frozen=True, slots=True)

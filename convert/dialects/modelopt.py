@@ -138,7 +138,7 @@ def read(block: Mapping[str, Any], where: str, space: NameSpace) -> Rules:
     for name in expect_names(form.get("ignore", form.get("exclude_modules")), where, "ignore"):
         pattern = config_name(name, space, rules)
         if has_wildcard(pattern):
-            rules.ignored.add_wildcard(pattern, space)
+            rules.ignored.add_wildcard(pattern, space, where)
         else:
             rules.ignored.add_name(pattern, space)
     algorithm = form.get("quant_algo")
@@ -161,7 +161,7 @@ def read(block: Mapping[str, Any], where: str, space: NameSpace) -> Rules:
                 continue
             if not rules.ordered or rules.ordered[-1][1] != claim:
                 rules.ordered.append((ModuleNames(), claim))
-            rules.ordered[-1][0].add_wildcard(key, space)
+            rules.ordered[-1][0].add_wildcard(key, space, where)
     elif algorithm is not None:
         rules.default = replace(_claim(form, where, "quant_algo"), explicit=False)
         if rules.default.scheme == "nvfp4" and _no_inputs(form.get("config_groups")):
