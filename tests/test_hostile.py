@@ -363,7 +363,8 @@ REFUSED = [
     ),
     Refused(51, "wildcards-that-are-slow-together", FP8, quantisation(lambda q: q["ignore"].extend(
         f"*m*o*d*e*l*{number}x" for number in range(20_000))), ("pattern",), "config.json"),
-    Refused(51, "wildcard-of-1-MB", FP8, quantisation(lambda q: q["ignore"].append("*a" * 500_000)), ("100000",), "config.json"),
+    Refused(51, "wildcard-of-1-MB", FP8, quantisation(lambda q: q["ignore"].append("*a" * 500_000)), ("100000",),
+            "config.json"),
     Refused(51, "wildcards-with-schemes-of-their-own", FP8, config(lambda c: c.update(quantization_config={
         "quant_method": "modelopt", "quant_algo": "MIXED_PRECISION", "quantized_layers": {
             f"model.x{number}*": {"quant_algo": ("FP8", "W4A16_NVFP4")[number % 2]} for number in range(2000)}})),
