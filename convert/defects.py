@@ -12,6 +12,7 @@ from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, NamedTuple
 
 from runtime.format import FP8_BLOCK
@@ -20,7 +21,8 @@ from .dialects import find_configs
 from .errors import Problem
 from .families import FAMILIES
 from .families.base import Family, Linear, hub_name
-from .names import PEFT_SEGMENTS, PEFT_WRAPPER, CanonicalNames, canonical_name, repair_sentinel
+from .index import by_module
+from .names import PEFT_SEGMENTS, PEFT_WRAPPER, CanonicalNames, canonical_name, patterns, repair_sentinel
 from .plan import Plan
 
 SEVERITIES = ("fatal", "high", "medium", "low")  # fatal: qconvert refuses it
@@ -33,6 +35,7 @@ EFFECTS: Mapping[str, str] = {
 }
 SHOWN = 3  # findings of one kind whose measures are put into words
 LISTED = 1000  # names that a defect lists; its count is of all
+PATTERNS = 50  # of names, which stand for all of them
 
 
 @dataclass(frozen=True, slots=True)
@@ -287,6 +290,7 @@ class Finding(NamedTuple):
             "seen": kind.seen,
             "count": len(self.names) if self.total is None else self.total,
             "tensors": list(self.names[:LISTED]),
+            "patterns": dict(islice(patterns(self.names).items(), PATTERNS)),
             "found": self.found,
         }
 
@@ -348,23 +352,17 @@ def _names(plan: Plan) -> Iterator[Finding]:
     roots = family.hub_roots[0 if wrapper else 1]
     adapters = {info.name for adapter in plan.adapters for _, info in adapter.tensors}
     wrapped, foreign, changes = [], [], []
-    known: dict[str, str | None] = {}
-    for name in plan.source.tensors:
-        module, _, suffix = name.rpartition(".")
-        if name in adapters:
-            continue
+    for module, tensors in by_module(plan.source.tensors.items()).items():
+        names = [info.name for info in tensors.values() if info.name not in adapters]
         segments = module.split(".")
-        if segments[0] == PEFT_WRAPPER or not PEFT_SEGMENTS.isdisjoint(segments):
-            wrapped.append(name)
+        if names and (segments[0] == PEFT_WRAPPER or not PEFT_SEGMENTS.isdisjoint(segments)):
+            wrapped += names
             segments = [s for s in segments if s not in PEFT_SEGMENTS]
-            if segments[0] == PEFT_WRAPPER:
-                segments = segments[2:]
-            module = ".".join(segments)
-        if module not in known:
-            known[module] = _hub_spelling(module, family, roots)
-        if known[module] not in (None, module):
-            foreign.append(name)
-            changes.append(f"{name}, on the hub {known[module]}.{suffix}")
+            module = ".".join(segments[2:] if segments[0] == PEFT_WRAPPER else segments)
+        hub = _hub_spelling(module, family, roots) if names else None
+        if hub not in (None, module):
+            foreign += names
+            changes.append(f"{names[0]}, on the hub {hub}.*")
     if wrapped:
         yield Finding("wrapped-names", wrapped, "")
     if foreign:
@@ -381,8 +379,9 @@ def _lists(plan: Plan) -> Iterator[Finding]:
     family = next(f for f in FAMILIES if f.name == plan.config.family)
     rewrite = CanonicalNames(family.names)
     stored, canonical = set(), {step.name.rpartition(".")[0] for step in plan.steps}
-    for tensor in plan.source.tensors:
-        name = ".".join(s for s in tensor.split(".") if s not in PEFT_SEGMENTS).rpartition(".")[0]
+    for name in by_module(plan.source.tensors.items()):
+        if not PEFT_SEGMENTS.isdisjoint(name.split(".")):
+            name = ".".join(s for s in name.split(".") if s not in PEFT_SEGMENTS)
         while name and name not in stored:
             stored.add(name)
             canonical.add(rewrite(name) or name)

@@ -13,7 +13,8 @@ finds the root `layers`, and becomes `model.layers.0.linear_attn.in_proj_qkv.wei
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 PEFT_WRAPPER = "base_model"  # peft: `PeftModel.state_dict()` starts with base_model.model.
@@ -114,3 +115,9 @@ def aliases(*pairs: tuple[str, str]) -> Aliases:
         run = tuple(spelling.split("."))
         table.setdefault(run[0], []).append((run, tuple(canonical.split(".")) if canonical else ()))
     return {first: tuple(sorted(runs, key=lambda r: -len(r[0]))) for first, runs in table.items()}
+
+
+def patterns(names: Iterable[str]) -> dict[str, int]:
+    """Names with their numbers left out -> how many have each; the most frequent first."""
+    found = Counter(".".join("*" if s.isdecimal() else s for s in name.split(".")) for name in names)
+    return dict(found.most_common())

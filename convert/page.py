@@ -22,12 +22,11 @@ from runtime.format import SCHEMES
 from . import __version__
 from .errors import printable
 from .inspector import Inspection, Row
-from .screen import count, human, large, merged_kinds, patterns, verdict
+from .screen import count, human, large, merged_kinds, verdict
 
 COLOURED = frozenset({*SCHEMES, "BF16", "F16", "F32", "adapter"})
 WIDTH, HEIGHT = 1140, 460  # of the treemap
 CELLS = 1500  # of the treemap at most
-NAMES_SHOWN = 40  # patterns of names of a defect
 PROBLEMS_SHOWN = 50
 CHILDREN_SHOWN = 400  # of one node of the tree
 LAYERS_SHOWN = 200
@@ -192,7 +191,7 @@ def _branches(node: Node, limit: int, path: str = "") -> list[tuple[str, Node]]:
     """The nodes that a treemap shows: the tree cut where there would be more than `limit`; the largest are opened first."""
     shown = [(name, child) for name, child in node.children.items()]
     while True:
-        inner = [(p, n) for p, n in shown if any(c.children for c in n.children.values())]
+        inner = [(p, n) for p, n in shown if _opens(p, n)]
         if not inner:
             return shown
         p, n = max(inner, key=lambda pair: pair[1].nbytes)
@@ -200,6 +199,13 @@ def _branches(node: Node, limit: int, path: str = "") -> list[tuple[str, Node]]:
             return shown
         shown.remove((p, n))
         shown += [(f"{p}.{name}", child) for name, child in n.children.items()]
+
+
+def _opens(path: str, node: Node) -> bool:
+    """Whether a treemap shows what is below a node: modules, but not the single experts of a layer."""
+    numbered = all(name.isdecimal() for name in node.children)
+    inside = any(segment.isdecimal() for segment in path.split("."))
+    return not (numbered and inside) and any(child.children for child in node.children.values())
 
 
 def _group(path: str) -> str:
@@ -312,14 +318,10 @@ def _defects(facts: Mapping[str, Any]) -> Iterator[str]:
             f'<p class="soft">{_text(defect["found"])}</p><p>Engines {_text(defect["engines"])}{seen}.</p>'
             f'<p>qconvert: {_text(defect["repair"])}.</p>'
         )
-        names = patterns(defect["tensors"])
-        if names:
+        if defect["patterns"]:
             yield "<details><summary>where</summary>"
-            yield from (
-                f"<div><code>{_text(name)}</code>{f' <span class=soft>x {n}</span>' if n > 1 else ''}</div>"
-                for name, n in names[:NAMES_SHOWN]
-            )
-            yield f'<div class="soft">... and {len(names) - NAMES_SHOWN} more</div>' if len(names) > NAMES_SHOWN else ""
+            for name, number in defect["patterns"].items():
+                yield f'<div><code>{_text(name)}</code> <span class="soft">x {number:,}</span></div>'
             yield "</details>"
         yield "</div>"
     yield "</section>"

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from .errors import printable
+from .names import patterns
 
 KINDS_SHOWN = 22  # rows of the table of kinds
 NAMES_SHOWN = 3  # patterns of names of a defect
@@ -35,11 +35,6 @@ def large(number: float) -> str:
 def count(number: float, what: str) -> str:
     """A number of things: `1 file`, `2 files`, `30.5 B parameters`."""
     return f"{large(number)} {what}{'' if number == 1 else 's'}"
-
-
-def patterns(names: Iterable[str]) -> list[tuple[str, int]]:
-    """Names with their numbers left out, and how many have each; the most frequent first."""
-    return Counter(".".join("*" if s.isdecimal() else s for s in name.split(".")) for name in names).most_common()
 
 
 def adapter_line(adapter: Mapping[str, Any]) -> str:
@@ -124,7 +119,7 @@ def _defects(facts: Mapping[str, Any]) -> Iterator[str]:
     yield "defects, the worst first"
     for defect in defects:
         yield printable(f"  {defect['severity'].upper():<6} {defect['title']} ({defect['count']})")
-        names = patterns(defect["tensors"])
+        names = list(defect["patterns"].items())
         yield from (f"         {printable(name)}{f' x {n}' if n > 1 else ''}" for name, n in names[:NAMES_SHOWN])
         if len(names) > NAMES_SHOWN:
             yield f"         ... and {len(names) - NAMES_SHOWN} more"
@@ -226,5 +221,5 @@ def _measure(value: float | None) -> str:
 
 def _patterns(title: str, names: list[str]) -> Iterator[str]:
     yield from _list(f"{title}, {count(len(names), 'tensor')} of these kinds", (
-        f"{name}{f' x {n}' if n > 1 else ''}" for name, n in patterns(names)
+        f"{name}{f' x {n}' if n > 1 else ''}" for name, n in patterns(names).items()
     ))  # fmt: skip
