@@ -31,6 +31,11 @@ class Projections:
     layers: tuple[Linear, ...]
     sizes: tuple[int, ...]
 
+    @property
+    def only(self) -> Linear | None:
+        """The one layer that takes the input; None if there are several."""
+        return self.layers[0] if len(self.layers) == 1 else None
+
     def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
         """`[..., K]` to one `[..., size]` per projection, in their order."""
         if len(self.layers) == 1:

@@ -110,6 +110,7 @@ class QuantizedLinear(Linear):
         for role, tensor in module_tensors(spec).items():
             setattr(self, role, stored(*tensor.shape, dtype=tensor.dtype))
         self.bias = stored(spec.shape[0]) if bias else None
+        self._left: tuple[Tensor, tuple[Tensor, Tensor]] | None = None
 
     def dequantize(self, rows: Rows = ALL) -> Tensor:
         """The exact values of the weight, or of some of its rows, in float32: `[..., K]`.  Source: `format.py`."""
@@ -120,12 +121,27 @@ class QuantizedLinear(Linear):
         few = x.dtype == torch.bfloat16 and 0 < x.numel() <= FEW_TOKENS * x.shape[-1]
         if not few or self._few_tokens is None:
             return super().forward(x)
+        left, self._left = self._left, None
+        codes = left[1] if left is not None and left[0] is x else None
         if self.spec.pre_quant_scale:
             x = (x * self.pre_quant_scale).to(x.dtype)
-        return self._few_tokens(x.reshape(-1, self.shape[1])).reshape(*x.shape[:-1], self.shape[0])
+        return self._few_tokens(x.reshape(-1, self.shape[1]), left=codes).reshape(*x.shape[:-1], self.shape[0])
+
+    @property
+    def input_kind(self) -> tuple[str, Tensor | None] | None:
+        """How few tokens are quantised for the kernel, row by row, and the static scale `[1]`; None if not in one way."""
+        if self._few_tokens is None or self.activations in (None, "fp8_tensor") or self.spec.pre_quant_scale:
+            return None
+        if len(self._input_scales) > 1:
+            return None
+        return self.activations, self.input_scale[:1] if "input_scale" in self._parameters else None
+
+    def leave(self, x: Tensor, codes: Tensor, scales: Tensor) -> None:
+        """What quantising `x` by `input_kind` gives, made elsewhere: the next call takes it if its input is `x` itself."""
+        self._left = x, (codes, scales)
 
     @functools.cached_property
-    def _few_tokens(self) -> Callable[[Tensor], Tensor] | None:
+    def _few_tokens(self) -> Callable[..., Tensor] | None:
         """The kernel for `[M, K]` of few rows on the device of the weight, None where there is none."""
         return prepare(FEW, self.spec, self.activations, dict(self.named_parameters()))
 

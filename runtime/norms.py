@@ -6,13 +6,16 @@ Rounding order from transformers 5.23: `Qwen3RMSNorm`, `Qwen3_5RMSNorm`, `Qwen3_
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from runtime.layers import stored
+from runtime.kernels.table import FEW_TOKENS, NORM, module_for
+from runtime.layers import QuantizedLinear, stored
 
 
 def _normalized(x: Tensor, eps: float) -> Tensor:
@@ -21,31 +24,71 @@ def _normalized(x: Tensor, eps: float) -> Tensor:
 
 
 class RMSNorm(nn.Module):
-    """`x / rms(x)`, rounded to the dtype of `x`, times `weight`.  Over the last axis, `[..., size]`."""
+    """`x / rms(x)`, rounded to the dtype of `x`, times `weight`.  Over the last axis, `[..., size]`.
+
+    Bfloat16 goes to a kernel where `kernels.table` has one for the device.
+    """
+
+    form: ClassVar[int] = 0  # of `kernels.rms_norm`
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
         self.weight = stored(size)
         self.eps = eps
+        self._readers: tuple[QuantizedLinear, ...] = ()
+
+    def feeds(self, reader: object) -> None:
+        """Say which layer, if it is a quantised one, is called with the output itself: few tokens are quantised for it here."""
+        self._readers = (reader,) if isinstance(reader, QuantizedLinear) else ()
 
     def forward(self, x: Tensor) -> Tensor:
         """Keeps shape and dtype."""
+        return self._in_one_launch(x, None)[1] if self._takes(x) else self._normalize(x)
+
+    def after_sum(self, x: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
+        """`x + delta` and its norm; all of one shape and dtype."""
+        if self._takes(x) and x.dtype == delta.dtype and x.shape == delta.shape:
+            return self._in_one_launch(x, delta)
+        x = x + delta
+        return x, self(x)
+
+    def _normalize(self, x: Tensor) -> Tensor:
         return (self.weight * _normalized(x, self.eps).to(x.dtype)).to(x.dtype)
+
+    def _takes(self, x: Tensor) -> bool:
+        return x.dtype == torch.bfloat16 and x.numel() > 0 and self._kernel is not None
+
+    @functools.cached_property
+    def _kernel(self) -> Callable[..., Any] | None:
+        module = module_for(NORM, "rms norm", self.weight.device)
+        return None if module is None else module.prepare(self.weight, self.eps, self.form)
+
+    def _in_one_launch(self, x: Tensor, delta: Tensor | None) -> tuple[Tensor, Tensor]:
+        assert self._kernel is not None
+        kind, scale = None, None
+        if self._readers and x.numel() <= FEW_TOKENS * x.shape[-1] and (how := self._readers[0].input_kind) is not None:
+            kind, scale = how
+        done = self._kernel(x, delta, kind, scale)
+        if kind is not None:
+            self._readers[0].leave(done.y, done.codes, done.scales)
+        return x if delta is None else done.summed, done.y
 
 
 class LateRoundingRMSNorm(RMSNorm):
     """`x / rms(x) * weight`, rounded once."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Keeps shape and dtype."""
+    form = 1
+
+    def _normalize(self, x: Tensor) -> Tensor:
         return (_normalized(x, self.eps) * self.weight.float()).to(x.dtype)
 
 
 class ZeroCenteredRMSNorm(RMSNorm):
     """`x / rms(x) * (1 + weight)`, rounded once."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Keeps shape and dtype."""
+    form = 2
+
+    def _normalize(self, x: Tensor) -> Tensor:
         return (_normalized(x, self.eps) * (1.0 + self.weight.float())).to(x.dtype)
 
 

@@ -246,6 +246,21 @@ MAMBA_STEP = Build(
 )  # fmt: skip
 
 
+def norm(name: str, H: int, kind: int, codes: str | None = None) -> Build:
+    """One form of `rms_norm_kernel`, with a sum where there are codes."""
+    pointers = dict.fromkeys(("x", "weight", "out"), "bf16")
+    optional = {"delta": "bf16", "summed": "bf16", "codes": codes or "", "scales": "f32"}
+    pointers |= optional if codes else {}
+    size = 1 << (H - 1).bit_length()
+    constants: dict[str, Any] = {"H": H, "SIZE": size, "FORM": 2, "KIND": kind}
+    constants |= {} if codes else dict.fromkeys(optional)
+    warps = min(16, size // 512)
+    return Build(
+        f"norm {name}", "runtime.kernels.rms_norm:rms_norm_kernel", pointers, constants, warps, registers=128,
+        scalars={"eps": "fp32"},
+    )  # fmt: skip
+
+
 QUANTIZE = {"x": "bf16", "codes": "f8", "scales": "f32"}
 BUILDS = [
     fp8("W8A16 rows", 8, split=1),
@@ -279,6 +294,10 @@ BUILDS = [
     experts("nvfp4", "down, W4A16, K ends inside a step", 2688, 1856, act=0),
     experts("nvfp4", "first, W4A16", 1024, 2048, 16),
     experts("nvfp4", "first, W4A16", 1024, 2048, 32, budget=5.2),
+    norm("plain", 2048, 0),
+    norm("sum and token", 5120, 2, "f8"),
+    norm("sum and groups", 5120, 4, "f8"),
+    norm("sum and NVFP4", 8192, 5, "bf16"),
     router("softmax of 256", 256, 2048, 8, True),
     router("sigmoid of 512", 512, 4096, 22, False),
     Build("sum over experts", "runtime.kernels.slots:combine_kernel", {"parts": "bf16", "share": "f32", "out": "bf16"},

@@ -274,7 +274,7 @@ def test_layers_use_the_table(spec: tuple[Any, ...], monkeypatch: pytest.MonkeyP
 
     def counted(*args: Any) -> Callable[[Tensor], Tensor]:
         run = prepare(*args)
-        return lambda x: (calls.append(x), run(x))[1]
+        return lambda x, **more: (calls.append(x), run(x, **more))[1]
 
     monkeypatch.setattr(module, "prepare", counted)
     x = torch.randn(2, 3, layer.shape[1], generator=torch.Generator().manual_seed(0)).bfloat16()

@@ -209,7 +209,8 @@ def prepare(spec: ModuleSpec, tensors: Mapping[str, Tensor]) -> Callable[..., Te
     """A function for the layer that `spec` describes, of the stored `tensors` by role, with `bias` where there is one.
 
     It takes `x` `[M, K]`, 1 <= M <= 64, bfloat16, and returns `[M, N]` in the dtype of `x`; or fills `out=` `[M, N]`,
-    float32 or bfloat16, and cuts its work as `tiles=` says.  Keeps 4 bytes per row beside the weight.  Reads the values of
+    float32 or bfloat16, and cuts its work as `tiles=` says.  `left=`: codes and scales of `x`
+    that are there already.  Keeps 4 bytes per row beside the weight.  Reads the values of
     `input_scale` once, which waits for the device: call it before a graph is captured.
     """
     N, K = spec.shape
@@ -222,14 +223,16 @@ def prepare(spec: ModuleSpec, tensors: Mapping[str, Tensor]) -> Callable[..., Te
     runs = input_runs(rows, tensors.get("input_scale") if spec.activations == "fp8_static" else None)
     x_scale_kind = {None: 0, "fp8_static": 1, "fp8_tensor": 1, "fp8_token": 2}.get(spec.activations, 3)
 
-    def linear(x: Tensor, out: Tensor | None = None, tiles: Tiles | None = None) -> Tensor:
+    def linear(
+        x: Tensor, out: Tensor | None = None, tiles: Tiles | None = None, left: tuple[Tensor, Tensor] | None = None
+    ) -> Tensor:
         x = x.contiguous()
         M = len(x)
         result = torch.empty(M, N, dtype=x.dtype, device=device) if out is None else out
         for input_scale, start, stop in runs:
             inputs, x_scale = x, None
             if spec.activations is not None:
-                inputs, x_scale = quantize(x, spec.activations, input_scale)
+                inputs, x_scale = left or quantize(x, spec.activations, input_scale)
             cut = tiles or choose_tiles(SHAPES, M, stop - start, K, multiprocessors(device))
             fp8_linear_kernel[(-(-(stop - start) // cut.rows), cut.split)](
                 inputs, weight[start:stop], scale if block else scale[start:stop],

@@ -43,6 +43,15 @@ def to_codes(x: tl.tensor, scale: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
+def power_of_two_above(scale: tl.tensor) -> tl.tensor:
+    """The smallest power of two that is not below `scale`, at least 2**-127, the least E8M0 value; 1 for 0."""
+    bits = scale.to(tl.int32, bitcast=True)
+    exponent = (bits >> 23) + tl.where((bits & 0x7FFFFF) != 0, 1, 0)
+    bits = tl.where(exponent > 0, exponent << 23, 0x400000)
+    return tl.where(scale == 0, 1.0, bits.to(tl.float32, bitcast=True))
+
+
+@triton.jit
 def quantize_groups_kernel(
     x: tl.tensor, codes: tl.tensor, scales: tl.tensor, chosen: tl.tensor,
     K: tl.constexpr, GROUPS: tl.constexpr, STATIC: tl.constexpr, E8M0: tl.constexpr, SHARED: tl.constexpr,
@@ -61,10 +70,7 @@ def quantize_groups_kernel(
     else:
         scale = tl.div_rn(tl.max(tl.abs(values), 1), tl.full((GROUPS,), 448.0, tl.float32))
         if E8M0:
-            bits = scale.to(tl.int32, bitcast=True)
-            exponent = (bits >> 23) + tl.where((bits & 0x7FFFFF) != 0, 1, 0)
-            bits = tl.where(exponent > 0, exponent << 23, 0x400000)  # the least E8M0 value is 2**-127
-            scale = tl.where(scale == 0, 1.0, bits.to(tl.float32, bitcast=True))
+            scale = power_of_two_above(scale)
         columns: tl.constexpr = (K + 127) // 128
         tl.store(scales + token * columns + group, scale, mask=group < columns)
     tl.store(codes + token.to(tl.int64) * K + at, to_codes(values, scale[:, None]), mask=at < K)

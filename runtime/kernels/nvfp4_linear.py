@@ -287,7 +287,8 @@ def prepare(spec: ModuleSpec, tensors: Mapping[str, Tensor]) -> Callable[..., Te
     """A function for the layer that `spec` describes, of the stored `tensors` by role, with `bias` where there is one.
 
     It takes `x` `[M, K]`, 1 <= M <= 64, bfloat16, and returns `[M, N]` in the dtype of `x`; or fills `out=` `[M, N]`,
-    float32 or bfloat16, and cuts its work as `tiles=` says.  Keeps 4 bytes per row beside the weight.  Reads the values of
+    float32 or bfloat16, and cuts its work as `tiles=` says.  `left=`: what `quantize` makes of `x`,
+    with its scale.  Keeps 4 bytes per row beside the weight.  Reads the values of
     `input_scale` once, which waits for the device: call it before a graph is captured.
     """
     N, K = spec.shape
@@ -300,17 +301,20 @@ def prepare(spec: ModuleSpec, tensors: Mapping[str, Tensor]) -> Callable[..., Te
     words = tensors["weight"].view(torch.int32)  # K is a multiple of 16
     block_scale = scale_words(tensors["weight_scale"])
 
-    def linear(x: Tensor, out: Tensor | None = None, tiles: Tiles | None = None) -> Tensor:
+    def linear(
+        x: Tensor, out: Tensor | None = None, tiles: Tiles | None = None, left: tuple[Tensor, Tensor] | None = None
+    ) -> Tensor:
         x = x.contiguous()
         M = len(x)
         result = torch.empty(M, N, dtype=x.dtype, device=device) if out is None else out
         most = SHAPES[-1].tokens
         if most < M:
             for first in range(0, M, most):
-                linear(x[first : first + most], result[first : first + most], tiles)
+                part = slice(first, first + most)
+                linear(x[part], result[part], tiles, None if left is None else (left[0][part], left[1]))
             return result
         for input_scale, start, stop in runs:
-            inputs = x if input_scale is None else quantize(x, input_scale)
+            inputs = x if input_scale is None else left[0] if left else quantize(x, input_scale)
             cut = tiles or choose_tiles(SHAPES, M, stop - start, K, multiprocessors(device))
             nvfp4_linear_kernel[(-(-(stop - start) // cut.rows), cut.split)](
                 inputs.view(torch.int32), words[start:stop], block_scale[start:stop],

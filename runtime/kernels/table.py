@@ -26,6 +26,7 @@ ATTEND = "attention, one token"
 ROUTED_TOKENS = 64  # rows of input that "router" takes
 ROUTE = "router"
 DELTA_STEP, MAMBA_STEP = "gated delta net, one token", "Mamba2, one token"
+NORM = "norm"
 TORCH = "torch"
 FP8_INPUTS = (None, "fp8_static", "fp8_tensor", "fp8_token", "fp8_group", "fp8_group_e8m0")
 
@@ -82,6 +83,11 @@ ROWS = (
     Row(("kv bf16", "kv fp8"), (ATTEND,), None, None, TORCH, "scaled_dot_product_attention of decoded values; runs anywhere"),
     Row(("router",), (ROUTE,), (None,), (90, 110), "runtime.kernels.router", "the matrix and the choice in one launch"),
     Row(("router",), (ROUTE,), None, None, TORCH, "a float32 matmul and a handful of operations; runs anywhere"),
+    Row(
+        ("rms norm",), (NORM,), (None,), (90, 110), "runtime.kernels.rms_norm",
+        "one launch, with the sum before it and the quantisation after it",
+    ),
+    Row(("rms norm",), (NORM,), None, None, TORCH, "one operation after another; runs anywhere"),
     Row(tuple(SCHEMES), OPERATIONS, None, None, TORCH, "weights are converted on every call; runs anywhere"),
 )  # fmt: skip
 

@@ -53,6 +53,11 @@ class GatedMLP(nn.Module):
         return self.down_proj(self.activation(*self.gate_up(x)))
 
 
+def first_of(mlp: nn.Module) -> Linear | None:
+    """The one layer of an MLP that takes its input as it is; None if there are several, or none."""
+    return mlp.gate_up.only if isinstance(mlp, GatedMLP) else None
+
+
 class Trunk(nn.Module):
     """Embedding, layers, final norm: everything but the head.
 

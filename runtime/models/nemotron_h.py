@@ -106,7 +106,9 @@ class NemotronHArchitecture(Architecture):
 
 
 class Mixer(Protocol):
-    """What a block is about."""
+    """What a block is about.  `first`: the layer that takes the input as it is, None if there are several."""
+
+    first: tuple[Linear | None]  # a tuple, so that it is no child of this name
 
     def __call__(self, x: Tensor, at: Tokens, cache: Any) -> Tensor:
         """`[B, T, H]` to `[B, T, H]`; `cache` is updated in place."""
@@ -126,6 +128,7 @@ class Mamba2(RecurrentMixer):
         self.inner, self.groups = self.heads * self.head_dim, a.n_groups * a.ssm_state_size
         parts = {"in_proj": (self.inner, self.inner, self.groups, self.groups, self.heads)}
         self.z_xbc_dt = build.projections(self, f"{name}.in_proj", parts, a.hidden_size, a.mamba_bias)
+        self.first = (self.z_xbc_dt.only,)
         self.conv1d = CausalConv1d(self.inner + 2 * self.groups, a.conv_kernel, a.use_conv_bias)
         self.A_log = stored(self.heads)
         self.D = stored(self.heads)
@@ -170,6 +173,7 @@ class Attention(nn.Module):
         q_rows, kv_rows = a.num_attention_heads * a.head_dim, a.num_key_value_heads * a.head_dim
         parts = {"q_proj": (q_rows,), "k_proj": (kv_rows,), "v_proj": (kv_rows,)}
         self.qkv = build.projections(self, f"{name}.qkv_proj", parts, a.hidden_size, a.attention_bias)
+        self.first = (self.qkv.only,)
         self.o_proj = build.linear(f"{name}.o_proj", a.hidden_size, q_rows, a.attention_bias)
         self.kv = build.kv_cache(self, name, a.num_key_value_heads, a.head_dim)
 
@@ -186,6 +190,8 @@ class Attention(nn.Module):
 class PerToken(nn.Module):
     """A mixer that sees each token alone, and remembers nothing."""
 
+    first: tuple[Linear | None] = (None,)
+
     def new_cache(self, size: CacheSize) -> None:
         """None."""
 
@@ -196,6 +202,7 @@ class MLP(PerToken):
     def __init__(self, build: LayerBuilder, name: str, hidden: int, inner: int, bias: bool = False) -> None:
         super().__init__()
         self.up_proj = build.linear(f"{name}.up_proj", inner, hidden, bias)
+        self.first = (self.up_proj,)
         self.down_proj = build.linear(f"{name}.down_proj", hidden, inner, bias)
 
     def forward(self, x: Tensor, *_: object) -> Tensor:
@@ -261,6 +268,7 @@ class Block(nn.Module):
         super().__init__()
         self.norm = LateRoundingRMSNorm(a.hidden_size, a.rms_norm_eps)
         self.mixer: Mixer = MIXERS[kind](a, build, f"{name}.mixer", index)
+        self.norm.feeds(*self.mixer.first)
 
     def forward(self, x: Tensor, at: Tokens, cache: Cache | None) -> Tensor:
         """`[B, T, H]` to `[B, T, H]`."""

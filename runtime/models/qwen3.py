@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from runtime.architecture import RotaryArchitecture, refused
 from runtime.builder import LayerBuilder
-from runtime.models.base import CausalLM, GatedMLP, Trunk
+from runtime.models.base import CausalLM, GatedMLP, Trunk, first_of
 from runtime.norms import RMSNorm
 from runtime.rotary import Rope, split_heads
 from runtime.state import CacheSize, KVCache, Tokens
@@ -80,11 +80,13 @@ class Layer(nn.Module):
         self.self_attn = attention
         self.post_attention_layernorm = RMSNorm(a.hidden_size, a.rms_norm_eps)
         self.mlp = mlp
+        self.input_layernorm.feeds(attention.qkv.only)
+        self.post_attention_layernorm.feeds(first_of(mlp))
 
     def forward(self, x: Tensor, at: Tokens, cache: KVCache) -> Tensor:
         """`[B, T, H]` to `[B, T, H]`."""
-        x = x + self.self_attn(self.input_layernorm(x), at, cache)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        x, y = self.post_attention_layernorm.after_sum(x, self.self_attn(self.input_layernorm(x), at, cache))
+        return x + self.mlp(y)
 
     def new_cache(self, size: CacheSize) -> KVCache:
         """An empty cache."""

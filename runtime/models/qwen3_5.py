@@ -19,7 +19,7 @@ from runtime.convolution import CausalConv1d
 from runtime.kernels.gated_delta import Sizes, gated_delta
 from runtime.kernels.table import DELTA_STEP
 from runtime.layers import Linear, stored
-from runtime.models.base import CausalLM, Draft, GatedMLP, Trunk
+from runtime.models.base import CausalLM, Draft, GatedMLP, Trunk, first_of
 from runtime.norms import GatedRMSNorm, ZeroCenteredRMSNorm
 from runtime.recurrent import RecurrentMixer
 from runtime.rotary import Rope, split_heads
@@ -75,6 +75,7 @@ class Attention(nn.Module):
         q_rows, kv_rows = a.num_attention_heads * a.head_dim, a.num_key_value_heads * a.head_dim
         parts = {"q_proj": (2 * q_rows,), "k_proj": (kv_rows,), "v_proj": (kv_rows,)}
         self.qkv = build.projections(self, f"{name}.qkv_proj", parts, a.hidden_size, a.attention_bias)
+        self.first = (self.qkv.only,)  # what takes the input; no child of this name
         self.q_norm = ZeroCenteredRMSNorm(a.head_dim, a.rms_norm_eps)
         self.k_norm = ZeroCenteredRMSNorm(a.head_dim, a.rms_norm_eps)
         self.o_proj = build.linear(f"{name}.o_proj", a.hidden_size, q_rows, a.attention_bias)
@@ -106,6 +107,7 @@ class GatedDeltaNet(RecurrentMixer):
         qkvz = {"in_proj_qkv": (k_rows, k_rows, v_rows), "in_proj_z": (v_rows,)}
         ba = {"in_proj_b": (self.value_heads,), "in_proj_a": (self.value_heads,)}
         self.qkv_z = build.projections(self, f"{name}.in_proj_qkvz", qkvz, a.hidden_size)
+        self.first = (self.qkv_z.only,)  # what takes the input; no child of this name
         self.b_a = build.projections(self, f"{name}.in_proj_ba", ba, a.hidden_size)
         self.conv1d = CausalConv1d(2 * k_rows + v_rows, a.linear_conv_kernel_dim)
         self.A_log = stored(self.value_heads)
@@ -161,6 +163,8 @@ class Layer(nn.Module):
             self.self_attn = Attention(a, build, f"{name}.self_attn")
         self.post_attention_layernorm = ZeroCenteredRMSNorm(a.hidden_size, a.rms_norm_eps)
         self.mlp = mlp
+        self.input_layernorm.feeds(*self.mixer.first)
+        self.post_attention_layernorm.feeds(first_of(mlp))
 
     @property
     def mixer(self) -> GatedDeltaNet | Attention:
@@ -169,8 +173,8 @@ class Layer(nn.Module):
 
     def forward(self, x: Tensor, at: Tokens, cache: KVCache | RecurrentCache) -> Tensor:
         """`[B, T, H]` to `[B, T, H]`."""
-        x = x + self.mixer(self.input_layernorm(x), at, cache)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        x, y = self.post_attention_layernorm.after_sum(x, self.mixer(self.input_layernorm(x), at, cache))
+        return x + self.mlp(y)
 
     def new_cache(self, size: CacheSize) -> KVCache | RecurrentCache:
         """An empty cache."""

@@ -132,8 +132,7 @@ class Layer(nn.Module):
 
     def forward(self, x: Tensor, at: Tokens, cache: KVCache) -> Tensor:
         """`[B, T, H]` to `[B, T, H]`."""
-        x = x + self.self_attn(self.input_layernorm(x), at, cache)
-        y = self.post_attention_layernorm(x)
+        x, y = self.post_attention_layernorm.after_sum(x, self.self_attn(self.input_layernorm(x), at, cache))
         return x + sum(branch(y) for branch in self.branches)
 
     def new_cache(self, size: CacheSize) -> KVCache:

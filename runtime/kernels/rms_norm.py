@@ -1,0 +1,210 @@
+"""RMS normalisation of rows, with the addition before it and the quantisation after it, in one launch.
+
+    s = x + d                                   where there is a `d`; rounded to bfloat16, and kept: it is the residual
+    n = s / sqrt(mean(s^2) + eps)               float32
+    y = bf16(w * bf16(n)), bf16(w * n) or bf16((1 + w) * n)             `runtime.norms` says who does which
+    codes, scales                               of y, as `fp8_quantize` and `nvfp4_quantize` make them
+
+Roundings to bfloat16 are done by integer arithmetic, because the interpreter truncates; the casts after it are exact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from runtime.activations import fake_quantize
+from runtime.format import FP8_BLOCK
+from runtime.kernels.fp8_quantize import power_of_two_above, round_to_e4m3, to_codes
+from runtime.kernels.nvfp4_quantize import round_to_e2m1
+
+SCHEMES = ("rms norm",)
+ACTIVATIONS: tuple[str | None, ...] = (None,)
+EARLY, LATE, ZERO_CENTERED = 0, 1, 2  # forms of y, in the order above
+QUANTIZED = (None, "fp8_static", "fp8_token", "fp8_group", "fp8_group_e8m0", "nvfp4")  # by their numbers in the kernel
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """M rows of H; `form` as above; `add`: with `d`; `kind`: how y is quantised."""
+
+    name: str
+    M: int
+    H: int
+    form: int
+    add: bool = False
+    kind: str | None = None
+    tiny: bool = False
+
+    @property
+    def nbytes(self) -> int:
+        """Everything that is read or written."""
+        return self.M * self.H * (4 + 4 * self.add + (self.kind is not None))
+
+    def __str__(self) -> str:
+        return f"{self.name}, {self.M}x{self.H}, form {self.form}{', after a sum' * self.add}, {self.kind or 'not'} quantised"
+
+
+CASES = (
+    Case("early", 3, 200, EARLY, tiny=True),
+    Case("late", 2, 16, LATE, True, tiny=True),
+    Case("zero-centred", 3, 136, ZERO_CENTERED, True, "fp8_static", tiny=True),
+    Case("token", 3, 200, LATE, False, "fp8_token", tiny=True),
+    Case("groups", 2, 400, EARLY, True, "fp8_group", tiny=True),
+    Case("groups, powers of two", 2, 128, ZERO_CENTERED, False, "fp8_group_e8m0", tiny=True),
+    Case("NVFP4", 3, 208, ZERO_CENTERED, True, "nvfp4", tiny=True),
+    Case("Qwen3.5-27B", 1, 5120, ZERO_CENTERED, True, "fp8_static"),
+    Case("Qwen3.5-35B-A3B", 1, 2048, ZERO_CENTERED, True, "fp8_group"),
+    Case("Qwen3.5-27B prefill", 4096, 5120, ZERO_CENTERED, True, "fp8_token"),
+    Case("Nemotron 3 Super", 8, 4096, LATE, True, "nvfp4"),
+)
+
+
+def make_inputs(case: Case, device: torch.device, seed: int) -> dict[str, Any]:
+    """Arguments of `normalize`."""
+    random = torch.Generator(device).manual_seed(seed)
+    x, delta = (torch.randn(case.M, case.H, generator=random, device=device).bfloat16() * (2 + 9 * i) for i in range(2))
+    weight = (1 + 0.3 * torch.randn(case.H, generator=random, device=device)).bfloat16()
+    scale = torch.tensor([0.01], device=device)
+    return {"x": x, "weight": weight, "eps": 1e-6, "form": case.form, "delta": delta if case.add else None, "kind": case.kind,
+            "input_scale": scale if case.kind in ("fp8_static", "nvfp4") else None}  # fmt: skip
+
+
+def errors(case: Case, device: torch.device, seed: int) -> dict[str, float]:
+    """Largest errors over the largest result: of y what exceeds one step of bfloat16, since sums differ; of the codes, that
+    must be those of that y; infinite where a sum is not exact."""
+    given = make_inputs(case, device, seed)
+    found = normalize(**given)
+    s = given["x"] if given["delta"] is None else given["x"] + given["delta"]
+    n = s.double() * (s.double().square().mean(-1, keepdim=True) + given["eps"]).rsqrt()
+    w = given["weight"].double()
+    y = w * n.bfloat16().double() if case.form == EARLY else (w if case.form == LATE else 1 + w) * n
+    beyond = ((found.y.double() - y).abs() - y.abs() * 2.0**-7).clamp(min=0)
+    worst = {"y": float(beyond.max() / y.abs().max())}
+    if found.summed is not None:
+        worst["sum"] = 0.0 if torch.equal(found.summed, s) else torch.inf
+    if found.codes is not None:
+        scale = given["input_scale"] if found.scales is None else found.scales
+        if case.kind in ("fp8_group", "fp8_group_e8m0"):
+            scale = scale.repeat_interleave(FP8_BLOCK, 1)[:, : case.H]
+        decoded = found.codes.double() * (scale.double().unsqueeze(-1) if case.kind == "fp8_token" else scale.double())
+        expected = fake_quantize(found.y.float(), case.kind or "", given["input_scale"]).double()
+        worst["codes"] = float((decoded - expected).abs().max() / expected.abs().max())
+    return worst
+
+
+def launch(case: Case, device: torch.device, seed: int) -> Callable[[], object]:
+    """A launch to time."""
+    given = make_inputs(case, device, seed)
+    return lambda: normalize(**given)
+
+
+@triton.jit
+def round_to_bf16(x: tl.tensor) -> tl.tensor:
+    """Finite float32 to the nearest bfloat16, ties to even, still in float32."""
+    bits = x.to(tl.int32, bitcast=True)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def rms_norm_kernel(
+    x: tl.tensor, delta: tl.tensor, weight: tl.tensor, summed: tl.tensor, out: tl.tensor, codes: tl.tensor, scales: tl.tensor,
+    eps: tl.tensor, H: tl.constexpr, SIZE: tl.constexpr, FORM: tl.constexpr, KIND: tl.constexpr,
+) -> None:  # fmt: skip
+    """Program m: row m.  `delta`, `summed`, `codes`, `scales`: None where there is none.  `SIZE`: H rounded up, at least 128.
+
+    `KIND`: index in `QUANTIZED`; `scales` is read for a static scale, else written.
+    """
+    token = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, SIZE)
+    real = at < H
+    value = tl.load(x + token * H + at, mask=real, other=0.0).to(tl.float32)
+    if delta is not None:
+        value = round_to_bf16(value + tl.load(delta + token * H + at, mask=real, other=0.0).to(tl.float32))
+        tl.store(summed + token * H + at, value.to(summed.dtype.element_ty), mask=real)
+    value *= tl.rsqrt(tl.sum(value * value, 0) / H + eps)
+    w = tl.load(weight + at, mask=real, other=0.0).to(tl.float32)
+    if FORM == 0:
+        value = w * round_to_bf16(value)
+    elif FORM == 1:
+        value = w * value
+    else:
+        value = (1.0 + w) * value
+    value = tl.where(real, round_to_bf16(value), 0.0)
+    tl.store(out + token * H + at, value.to(out.dtype.element_ty), mask=real)
+    if KIND == 1:
+        tl.store(codes + token * H + at, to_codes(value, tl.load(scales)), mask=real)
+    elif KIND == 2:
+        scale = tl.div_rn(tl.max(tl.abs(value), 0), 448.0)
+        tl.store(scales + token, scale)
+        tl.store(codes + token * H + at, to_codes(value, scale), mask=real)
+    elif KIND == 3 or KIND == 4:
+        groups: tl.constexpr = SIZE // 128
+        value = tl.reshape(value, (groups, 128))
+        scale = tl.div_rn(tl.max(tl.abs(value), 1), tl.full((groups,), 448.0, tl.float32))
+        if KIND == 4:
+            scale = power_of_two_above(scale)
+        group = tl.arange(0, groups)
+        columns: tl.constexpr = (H + 127) // 128
+        tl.store(scales + token * columns + group, scale, mask=group < columns)
+        at = group[:, None] * 128 + tl.arange(0, 128)[None, :]
+        tl.store(codes + token * H + at, to_codes(value, scale[:, None]), mask=at < H)
+    elif KIND == 5:
+        blocks: tl.constexpr = SIZE // 16
+        value = tl.reshape(value, (blocks, 16))
+        outer = tl.load(scales)
+        amax = tl.max(tl.abs(value), 1)
+        inner = tl.div_rn(tl.div_rn(amax, tl.full((blocks,), 6.0, tl.float32)), outer)
+        inner = round_to_e4m3(tl.minimum(inner, 448.0))
+        scale = inner * outer
+        value = round_to_e2m1(tl.div_rn(value, tl.where(scale == 0, 1.0, scale)[:, None])) * inner[:, None]
+        at = tl.arange(0, blocks)[:, None] * 16 + tl.arange(0, 16)[None, :]
+        tl.store(codes + token * H + at, value.to(codes.dtype.element_ty), mask=at < H)
+
+
+@dataclass(frozen=True, slots=True)
+class Normalized:
+    """What a launch leaves.  `summed`: the residual, None without a sum.  `codes`, `scales`: as `quantize` returns them."""
+
+    y: Tensor
+    summed: Tensor | None
+    codes: Tensor | None
+    scales: Tensor | None
+
+
+def normalize(
+    x: Tensor, weight: Tensor, eps: float, form: int, delta: Tensor | None = None, kind: str | None = None,
+    input_scale: Tensor | None = None,
+) -> Normalized:  # fmt: skip
+    """`x` and `delta` bfloat16 `[..., H]`, `weight` `[H]` of any float dtype; `input_scale` float32 `[1]` for static kinds."""
+    H = x.shape[-1]
+    x = x.contiguous()
+    M, device = x.numel() // H, x.device
+    y = torch.empty_like(x)
+    summed, codes, scales = None, None, None
+    if delta is not None:
+        delta, summed = delta.contiguous(), torch.empty_like(x)
+    if kind is not None:
+        codes = torch.empty(M, H, dtype=torch.bfloat16 if kind == "nvfp4" else torch.float8_e4m3fn, device=device)
+        scales = input_scale
+        if kind == "fp8_token":
+            scales = torch.empty(M, dtype=torch.float32, device=device)
+        elif kind.startswith("fp8_group"):
+            scales = torch.empty(M, -(-H // 128), dtype=torch.float32, device=device)
+    size = max(128, triton.next_power_of_2(H))
+    warps = min(16, max(1, size // 512))
+    rms_norm_kernel[(M,)](
+        x, delta, weight, summed, y, codes, scales, eps, H, size, form, QUANTIZED.index(kind), num_warps=warps
+    )
+    return Normalized(y, summed, codes, scales)
+
+
+def prepare(weight: Tensor, eps: float, form: int) -> Callable[..., Normalized]:
+    """`normalize` for one norm: a function of `x`, `delta`, `kind` and `input_scale`."""
+    return lambda x, delta=None, kind=None, input_scale=None: normalize(x, weight, eps, form, delta, kind, input_scale)
