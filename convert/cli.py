@@ -623,6 +623,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except MemoryError:
+        remedy = "free some, or take fewer --workers, and run again: with --resume it continues"
+        short = MachineError(Problem("", "", "memory enough for this", "none left", remedy))
+        log.failed(short)
+        if not log.lines:
+            click.echo(f"qconvert: {short}", err=True)
+        return 3
     except OSError as error:
         where, found = str(error.filename or ""), error.strerror or repr(error)
         remedy = "check the path, its permissions and the disk"

@@ -79,8 +79,10 @@ class Journal:
 
     def remove(self) -> None:
         """The work is done or given up: remove the file, then unlock."""
-        self.path.unlink(missing_ok=True)
-        self.close()
+        try:
+            self.path.unlink(missing_ok=True)
+        finally:
+            self.close()
 
     def close(self) -> None:
         """Unlock, and leave the file for a run that resumes."""

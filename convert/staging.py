@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -107,8 +107,12 @@ def staged(out: Path, identity: dict[str, Any] | None = None, resume: bool = Fal
     target = out.resolve()
     parent = target.parent
     created = [p for p in (parent, *parent.parents) if not p.exists()]
-    parent.mkdir(parents=True, exist_ok=True)
-    staging = Staging(beside(target, "partial"), Journal(beside(target, "journal")))
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        staging = Staging(beside(target, "partial"), Journal(beside(target, "journal")))
+    except BaseException:
+        _remove_empty(created)
+        raise
     try:
         recover(target)
         staging.done = _resumable(staging, identity) if resume else {}
@@ -119,17 +123,17 @@ def staged(out: Path, identity: dict[str, Any] | None = None, resume: bool = Fal
         yield staging
         publish(target, staging.path)
     except BaseException as error:
-        staging.kept = identity is not None and bool(staging.done) and isinstance(error, OSError | KeyboardInterrupt)
+        may_go_on = isinstance(error, OSError | MemoryError | KeyboardInterrupt)
+        staging.kept = identity is not None and bool(staging.done) and may_go_on
         if staging.kept:
             staging.journal.close()
             raise
         shutil.rmtree(staging.path, ignore_errors=True)
         staging.journal.remove()
-        for directory in created:
-            with suppress(OSError):
-                directory.rmdir()
+        _remove_empty(created)
         raise
-    staging.journal.remove()
+    with suppress(OSError, KeyboardInterrupt):  # OUT is in place, whatever becomes of what lies beside it
+        staging.journal.remove()
 
 
 def publish(out: Path, path: Path) -> None:
@@ -173,6 +177,12 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def _remove_empty(directories: Iterable[Path]) -> None:
+    for directory in directories:
+        with suppress(OSError):
+            directory.rmdir()
+
+
 def _sync_tree(root: Path) -> None:
     for folder, _, _ in os.walk(root, topdown=False):
         sync_directory(Path(folder))
@@ -189,17 +199,22 @@ def recover(target: Path) -> None:
 
 
 def _replace(target: Path, staging: Path) -> None:
-    """Rename `staging` to `target`; what was there before goes only once the new one is in place."""
+    """Rename `staging` to `target`, and back if that cannot be flushed; what was there before goes only after that."""
     before = beside(target, "replaced")
     existed = target.exists()
     if existed:
         os.rename(target, before)
     try:
         os.rename(staging, target)
+        try:
+            sync_directory(target.parent)
+        except BaseException:
+            os.rename(target, staging)
+            raise
     except BaseException:
         if existed:
             os.rename(before, target)
         raise
-    sync_directory(target.parent)
     if existed:
-        shutil.rmtree(before, ignore_errors=True)
+        with suppress(KeyboardInterrupt):  # OUT is the new one, and that is what is said
+            shutil.rmtree(before, ignore_errors=True)
