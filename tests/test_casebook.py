@@ -169,7 +169,10 @@ def fused(module: str, parts: tuple[str, ...], one_scale: bool = False) -> Chang
                 own = [stored.pop(f"{below}.{part}.{role}") for part in parts]
                 if role == "weight":
                     stored[f"{module}.weight"] = join(own)
+                    codes = own
                 elif one_scale:
+                    if role == "weight_scale":
+                        built.dense.update({f"{below}.{p}.weight": c.floats() * own[0].floats() for p, c in zip(parts, codes)})
                     stored[f"{module}.{role}"] = own[0]
                     built.canonical[f"{module}.{role}"] = raw("F32", np.repeat(own[0].floats(), len(parts)))
                 else:
@@ -201,6 +204,8 @@ def lost_drafts(built: Built) -> None:
     """What save_pretrained does to Qwen3.5: the config declares the MTP head, no tensor is left."""
     lose(r"^mtp\.")(built)
     forget(r"^mtp\.")(built)
+    for name in [name for name in built.dense if name.startswith("mtp.")]:
+        del built.dense[name]
     built.carried.remove("mtp")
     built.architecture["mtp_num_hidden_layers"] = 0
 
@@ -246,6 +251,8 @@ def split_tower(built: Built) -> None:
             for part, rows in zip("qkv", np.split(values, 3), strict=True):
                 name = f"{whole.removesuffix('qkv')}{part}_proj.{role}"
                 stored[f"language_model.{name}"] = built.canonical[name] = raw("BF16", rows)
+                built.dense[name] = built.canonical[name].floats()
+            del built.dense[f"{whole}.{role}"]
 
     edit_tensors(built.directory, split)
 
