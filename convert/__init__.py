@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from .jobs import write_plan as write_plan
     from .plan import Plan as Plan
     from .planner import plan_conversion as plan_conversion
+    from .ray_engine import convert_on_ray as convert_on_ray
     from .verifier import verify_conversion as verify_conversion
     from .verifier import verify_digests as verify_digests
 
@@ -47,6 +48,7 @@ _WHERE = {
     "commit_jobs": "jobs",
     "convert_batch": "batch",
     "convert_checkpoint": "executor",
+    "convert_on_ray": "ray_engine",
     "diff_checkpoints": "differ",
     "export_checkpoint": "exporter",
     "inspect_checkpoint": "inspector",

@@ -11,6 +11,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import click
@@ -152,6 +153,7 @@ def emit(value: Any) -> None:
     click.echo(json.dumps(value, indent=2, ensure_ascii=True))
 
 
+ENGINES = click.Choice(["threads", "ray"])
 HELP = {"help_option_names": ["-h", "--help"]}
 CONTEXT = {**HELP, "auto_envvar_prefix": "QCONVERT"}  # for every command alike: --shard-size from QCONVERT_SHARD_SIZE
 
@@ -242,6 +244,8 @@ def _warn(lines: Sequence[str], skipped: dict[str, str]) -> None:
 @click.option("--resume", is_flag=True, help="Continue a run that was killed; the result is the same.")
 @click.option("--shard-size", type=ByteSize(), default=None, help="Data per file; default: as in IN, at most 5GB.")
 @click.option("--no-hash", is_flag=True, help="Do not record digests.")
+@click.option("--engine", type=ENGINES, default="threads", show_default=True, help="ray: on a cluster.")
+@click.option("--address", help="Of the Ray cluster; default: RAY_ADDRESS, or one started for this run.")
 def convert_command(
     in_dir: str,
     out_dir: str,
@@ -253,6 +257,8 @@ def convert_command(
     resume: bool,
     shard_size: int | None,
     no_hash: bool,
+    engine: str,
+    address: str | None,
 ) -> None:
     """Convert the checkpoint in IN into a canonical one in OUT.
 
@@ -268,12 +274,21 @@ def convert_command(
         else:
             _print_plan(plan)
         return
-    from .executor import convert_checkpoint
+    if address is not None and engine != "ray":
+        raise click.UsageError("--address is for --engine ray")
+    carry_out: Callable[..., Report]
+    if engine == "ray":
+        from .ray_engine import convert_on_ray
 
+        carry_out = partial(convert_on_ray, address=address)
+    else:
+        from .executor import convert_checkpoint
+
+        carry_out = convert_checkpoint
     log = events()
     log.emit("start", command="convert", **{"in": in_dir, "out": out_dir})
     with progress_bar("converting") as progress:
-        report = convert_checkpoint(
+        report = carry_out(
             in_dir,
             out_dir,
             workers=workers,
@@ -469,6 +484,8 @@ def _job_line(run: JobRun) -> str:
 @click.option("--workers", type=click.IntRange(1, 64), default=None, help="Threads of each conversion.")
 @click.option("--shard-size", type=ByteSize(), default=None, help="Data per file.")
 @click.option("--no-hash", is_flag=True, help="Do not record digests.")
+@click.option("--engine", type=ENGINES, default=None, help="ray: each conversion on a cluster.")
+@click.option("--address", help="Of the Ray cluster.")
 @click.pass_context
 def batch_command(
     ctx: click.Context, /, sources: tuple[str, ...], out_dir: str | None, jobs: int, report: str | None, as_json: bool,

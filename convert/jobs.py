@@ -285,6 +285,11 @@ def _finished(plan: JobPlan, prepared: _Prepared) -> dict[str, Any] | None:
     return report if report and made_from(report, Path(plan.out_dir), prepared.digest, prepared.before) else None
 
 
+def finished_report(plan: JobPlan) -> dict[str, Any] | None:
+    """The report of OUT, when that is complete and what this plan gives.  Raises `MachineError` when IN has changed."""
+    return _finished(plan, _prepare_again(plan))
+
+
 def commit_jobs(
     plan: JobPlan, *, workers: int | None = None, verify: bool = False, progress: Progress | None = None
 ) -> Report:
