@@ -16,7 +16,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ NOT_OF_A_JOB = frozenset({"in_dir", "out_dir", "as_json", "log_json", "dry_run",
 JOB = 'a job: {"in": ..., "out": ..., and options as `qconvert IN OUT` has them, such as "shard_size": "5GB"}'
 STATES: Mapping[int, str] = {0: "done", 1: "refused", 2: "refused", 3: "failed", 130: "interrupted"}
 WORST = (130, 3, 1, 2)  # the exit code of a batch is the first of these that a job has
+STOP_S = 30.0  # what an interrupted job has to clean up; killed after that, it is safe as well
 PASSED_ON = 2000  # characters of what a job that broke down wrote
 
 # Runs the command line in a process that finds the same modules as this one.
@@ -289,12 +290,12 @@ class Batch:
             run.error = event
         return True
 
-    def stop(self) -> None:
-        """Start no more jobs, and interrupt those that run."""
+    def stop(self, number: int) -> None:
+        """Start no more jobs, and send a signal to those that run."""
         with self._lock:
             self.stopped = True
             for process in self._processes.values():
-                process.send_signal(signal.SIGTERM)
+                process.send_signal(number)
 
     def to_json(self) -> dict[str, Any]:
         """The report."""
@@ -357,18 +358,24 @@ def convert_batch(
             replace_json(Path(report), batch.to_json())
 
     batch = Batch(runs, defaults or {}, note)
+    pool = ThreadPoolExecutor(processes)
+    futures: list[Future[None]] = []
     try:
         if report is not None:
             replace_json(Path(report), batch.to_json())
-        with ThreadPoolExecutor(processes) as pool:
-            futures = [pool.submit(batch.carry_out, run) for run in runs]
-            try:
-                wait(futures, return_when=FIRST_EXCEPTION)
-                for future in futures:
-                    future.result()
-            except BaseException:
-                batch.stop()
-                raise
+        try:
+            for run in runs:
+                futures.append(pool.submit(batch.carry_out, run))
+            wait(futures, return_when=FIRST_EXCEPTION)
+            for future in futures:
+                future.result()
+        except BaseException:
+            batch.stop(signal.SIGTERM)
+            wait(futures, STOP_S)
+            batch.stop(signal.SIGKILL)
+            raise
+        finally:
+            pool.shutdown()
     except OSError as error:
         where = str(error.filename or report)
         raise MachineError(
