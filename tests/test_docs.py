@@ -7,6 +7,7 @@ import shlex
 from importlib import import_module
 from pathlib import Path
 
+import errors_page
 import families
 import pytest
 from support_table import BEGIN, END, table
@@ -38,6 +39,13 @@ def test_support_table() -> None:
     assert "".join(line for line in lines if not awaited or not line.startswith(awaited)) == table()
     for name in (*(d.name for d in DIALECTS), *(f.name for f in FAMILIES)):
         assert f"| `{name}` |" in README
+
+
+def test_errors_page() -> None:
+    """docs/errors.md is what the code raises: run `python tests/errors_page.py` after a change to an error."""
+    assert errors_page.PAGE.read_text(encoding="utf-8") == errors_page.page()
+    assert "| an empty or absent OUT | files in it | choose another OUT, or replace it with --force (exit 2) |" in errors_page.page()
+    assert "| a safetensors header within ... bytes | header length ... |" in errors_page.page()  # made by a helper
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.name)
