@@ -16,10 +16,13 @@ from runtime.state import RecurrentCache, Tokens
 class RecurrentMixer(nn.Module):
     """A convolution over time, a recurrence and a gated norm.  A family's layer says what they are in `mix`.
 
-    `operation`: of `kernels.table`, the same for a single token.  `sizes`: what a kernel for it has to know.
+    `step_operation`: of `kernels.table`, the same for a single token; `sizes`: what a kernel for it has to know.
+    `recurrence`: in torch, from inputs `[B, heads, T, ...]` and the state; `scan_operation`: the same for many tokens.
     """
 
-    operation: ClassVar[str]
+    step_operation: ClassVar[str]
+    scan_operation: ClassVar[str]
+    recurrence: Callable[..., Tensor]
     sizes: Any
     mix: Callable[..., Tensor]  # what the projections gave, `[B, T, ...]`, to what the output projection takes
 
@@ -32,5 +35,17 @@ class RecurrentMixer(nn.Module):
 
     @functools.cached_property
     def _one_token(self) -> Callable[..., Tensor] | None:
-        module = module_for(self.operation, "state fp32", next(self.parameters()).device)
+        module = module_for(self.step_operation, "state fp32", next(self.parameters()).device)
         return None if module is None else module.prepare(self.sizes, dict(self.named_parameters()))
+
+    def over_time(self, dtype: torch.dtype) -> Callable[..., Tensor]:
+        """What runs the recurrence for a network in `dtype`."""
+        return self.recurrence if dtype != torch.bfloat16 or self._many_tokens is None else self._many_tokens
+
+    @functools.cached_property
+    def _many_tokens(self) -> Callable[..., Tensor] | None:
+        module = module_for(self.scan_operation, "state fp32", next(self.parameters()).device)
+        if module is None:
+            return None
+        scan: Callable[..., Tensor] = module.prepare()
+        return lambda *inputs: (scan if inputs[0].shape[2] > 1 else self.recurrence)(*inputs)

@@ -261,6 +261,18 @@ def norm(name: str, H: int, kind: int, codes: str | None = None) -> Build:
     )  # fmt: skip
 
 
+SCAN = {"H": 64, "SHARED": 8, "P": 64, "N": 128, "ROWS": 64, "COLUMNS": 128, "CHUNK": 64, "INTERPRETED": False}
+STRIDES = tuple(f"{name}_{axis}" for name in ("x", "b", "c", "out") for axis in ("row", "head", "group", "token"))
+MAMBA_SCAN = [
+    Build("Mamba2 scan, states of chunks", "runtime.kernels.ssd_scan:own_states_kernel",
+          dict.fromkeys(("x", "b", "g", "own", "decay"), "f32"), SCAN, registers=168, shared=64 * 2**10, multiples=STRIDES),
+    Build("Mamba2 scan, carrying", "runtime.kernels.ssd_scan:carry_kernel", dict.fromkeys(("own", "decay", "state"), "f32"),
+          {"SIZE": 8192, "PART": 512, "MOST": 0, "INTERPRETED": False}, registers=64, shared=16 * 2**10),
+    Build("Mamba2 scan, outputs", "runtime.kernels.ssd_scan:outputs_kernel",
+          dict.fromkeys(("x", "b", "c", "g", "before", "out"), "f32"), SCAN, shared=96 * 2**10, multiples=STRIDES),
+]  # fmt: skip
+
+
 QUANTIZE = {"x": "bf16", "codes": "f8", "scales": "f32"}
 BUILDS = [
     fp8("W8A16 rows", 8, split=1),
@@ -306,6 +318,7 @@ BUILDS = [
           {"x": "bf16", "out": "bf16", "input_scale": "f32"}, {"K": 5120, "GROUPS": 64, "SHARED": 1, "chosen": None}),
     DELTA_STEP,
     MAMBA_STEP,
+    *MAMBA_SCAN,
     attention("heads of 256", 4, 6, 256),
     attention("heads of 256, FP8, whole", 2, 8, 256, scales=1, ranges=1),
     attention("heads of 128, FP8 by head", 2, 16, 128, scales=2),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -13,8 +14,8 @@ from torch import Tensor, nn
 pytest.importorskip("triton", reason="triton is not installed")
 
 from runtime.builder import LayerBuilder
-from runtime.kernels import gated_delta_step, mamba2_step, table
-from runtime.kernels.table import DELTA_STEP, MAMBA_STEP, TORCH, Machine, choose
+from runtime.kernels import gated_delta, gated_delta_fla, gated_delta_step, mamba2_step, ssd, ssd_scan, table
+from runtime.kernels.table import DELTA_SCAN, DELTA_STEP, MAMBA_SCAN, MAMBA_STEP, TORCH, Machine, choose
 from runtime.models.nemotron_h import Mamba2
 from runtime.models.qwen3_5 import GatedDeltaNet
 from runtime.state import CacheSize, State
@@ -29,11 +30,69 @@ def test_one_token(kernel: ModuleType, case: Any) -> None:
     assert max(found.values()) < 1e-6, found
 
 
-@pytest.mark.parametrize("operation", [DELTA_STEP, MAMBA_STEP])
+@pytest.mark.parametrize("case", [case for case in ssd_scan.CASES if case.tiny], ids=str)
+def test_scan(case: ssd_scan.Case) -> None:
+    """Decays are cumulated in float32, over 64 tokens."""
+    found = ssd_scan.errors(case, CPU, 0)
+    assert max(found.values()) < 1e-5, found
+
+
+def test_scan_in_segments(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A prompt longer than a segment, and the reference of the kernel against the chunks of torch."""
+    case = ssd_scan.CASES[1]
+    x, b, c, g, state = ssd_scan.make_inputs(case, CPU, 1)
+    y, after = ssd_scan.reference(x, b, c, g, state)
+    monkeypatch.setattr(ssd_scan, "SEGMENT", 64)
+    for run in (ssd.ssd, ssd_scan.prepare()):
+        found = state.clone()
+        assert (run(x, b, c, g, found) - y).abs().max() < 1e-5 * y.abs().max()
+        assert (found - after).abs().max() < 1e-5 * after.abs().max()
+
+
+def chunk_gated_delta_rule(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, **more: Any) -> tuple[Tensor, Tensor]:
+    """What fla-core documents: `[B, T, heads, D]`, a scale on the queries; here in float64 and token by token."""
+    assert (q.dtype, k.dtype, v.dtype, beta.dtype, g.dtype) == (*[torch.bfloat16] * 4, torch.float32)
+    assert more.keys() == {"scale", "initial_state", "output_final_state"}
+    S, outputs = more["initial_state"].double(), []
+    assert more["output_final_state"]
+    for t in range(q.shape[1]):
+        q_t, k_t, v_t = (x[:, t].double() for x in (q, k, v))
+        S = S * g[:, t].double().exp()[..., None, None]
+        d = beta[:, t].double()[..., None] * (v_t - torch.einsum("bhkv,bhk->bhv", S, k_t))
+        S = S + k_t[..., None] * d[..., None, :]
+        outputs.append(torch.einsum("bhkv,bhk->bhv", S, q_t * more["scale"]))
+    return torch.stack(outputs, 1).bfloat16(), S.float()
+
+
+def test_adapter_of_fla(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("fla", "fla.ops"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    package: Any = ModuleType("fla.ops.gated_delta_rule")
+    package.chunk_gated_delta_rule = chunk_gated_delta_rule
+    monkeypatch.setitem(sys.modules, package.__name__, package)
+    *inputs, state = gated_delta_fla.make_inputs(gated_delta_fla.Case("", 2, 70, 2, 16, 8), CPU, 0)
+    y, after = gated_delta_fla.reference(*inputs, state)
+    expected_state = state.clone()
+    expected = gated_delta.gated_delta(*inputs, expected_state)
+    found = gated_delta_fla.prepare()(*inputs, state)
+    assert found.dtype == torch.float32
+    assert (found - expected).abs().max() < 0.01 * expected.abs().max()  # operands in bfloat16
+    assert (state - expected_state).abs().max() < 0.01 * expected_state.abs().max()
+    assert (expected - y).abs().max() < 1e-5
+    assert (expected_state - after).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("operation", [DELTA_STEP, MAMBA_STEP, DELTA_SCAN, MAMBA_SCAN])
 def test_torch_runs_everywhere(operation: str) -> None:
-    assert choose("state fp32", None, operation, Machine(100, True))[0].module != TORCH
+    assert choose("state fp32", None, operation, Machine(100, True, frozenset({"fla"})))[0].module != TORCH
     for at in (Machine(None, True), Machine(90, False), Machine(75, True)):
         assert choose("state fp32", None, operation, at)[0].module == TORCH
+
+
+def test_fla_is_not_needed() -> None:
+    row, passed = choose("state fp32", None, DELTA_SCAN, Machine(90, True))
+    assert row.module == TORCH
+    assert passed == ("runtime.kernels.gated_delta_fla: needs fla-core, which is not installed (pip install qconvert[fla])",)
 
 
 # In a layer

@@ -5,5 +5,6 @@
 and `nvfp4_experts` are for any number of tokens, `slots` is what they share, `router` chooses.  `attention_decode`
 attends for one token per sequence, `gated_delta_step` and `mamba2_step` are recurrent layers for one token.
 `gated_delta` holds the recurrence of linear attention, `ssd` that of Mamba2; both run on any device that torch supports.
+`gated_delta_fla` and `ssd_scan` are the same for many tokens on a GPU.
 Only files with a Triton kernel import triton.
 """

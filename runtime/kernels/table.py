@@ -27,7 +27,9 @@ ROUTED_TOKENS = 64  # rows of input that "router" takes
 ROUTE = "router"
 DELTA_STEP, MAMBA_STEP = "gated delta net, one token", "Mamba2, one token"
 NORM = "norm"
+DELTA_SCAN, MAMBA_SCAN = "gated delta rule, many tokens", "Mamba2 recurrence, many tokens"
 TORCH = "torch"
+PACKAGES = {"fla": "fla-core, which is not installed (pip install qconvert[fla])"}  # optional, by the name to import
 FP8_INPUTS = (None, "fp8_static", "fp8_tensor", "fp8_token", "fp8_group", "fp8_group_e8m0")
 
 
@@ -38,7 +40,7 @@ class Row:
     `schemes`: of a weight, or how a cache keeps what it keeps.
     `module`: has `prepare`, which returns the function to call; `TORCH` for the layers' own arithmetic.
     `generations`: least compute capability, and the first that is too new, each as major * 10 + minor.  `activations`:
-    the ways of the input that it knows.  `why`: for people.
+    the ways of the input that it knows.  `why`: for people.  `package`: of `PACKAGES`, that it needs.
     """
 
     schemes: tuple[str, ...]
@@ -47,6 +49,7 @@ class Row:
     generations: tuple[int, int] | None
     module: str
     why: str
+    package: str | None = None
 
 
 ROWS = (
@@ -79,7 +82,16 @@ ROWS = (
         ("state fp32",), (MAMBA_STEP,), (None,), (90, 110), "runtime.kernels.mamba2_step",
         "convolution, time step, recurrence and norm in one launch; reads and writes the state once",
     ),
+    Row(
+        ("state fp32",), (DELTA_SCAN,), (None,), (90, 110), "runtime.kernels.gated_delta_fla",
+        "chunks on the tensor cores, by fla-core", "fla",
+    ),
+    Row(
+        ("state fp32",), (MAMBA_SCAN,), (None,), (90, 110), "runtime.kernels.ssd_scan",
+        "chunks on the tensor cores, side by side",
+    ),
     Row(("state fp32",), (DELTA_STEP, MAMBA_STEP), None, None, TORCH, "each part by itself; runs anywhere"),
+    Row(("state fp32",), (DELTA_SCAN, MAMBA_SCAN), None, None, TORCH, "chunks in float32, one after another; runs anywhere"),
     Row(("kv bf16", "kv fp8"), (ATTEND,), None, None, TORCH, "scaled_dot_product_attention of decoded values; runs anywhere"),
     Row(("router",), (ROUTE,), (None,), (90, 110), "runtime.kernels.router", "the matrix and the choice in one launch"),
     Row(("router",), (ROUTE,), None, None, TORCH, "a float32 matmul and a handful of operations; runs anywhere"),
@@ -94,10 +106,11 @@ ROWS = (
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """What decides: the compute capability of the GPU (None: no GPU), and whether triton can be imported."""
+    """What decides: the compute capability of the GPU (None: no GPU), whether triton can be imported, which packages too."""
 
     generation: int | None
     triton: bool
+    packages: frozenset[str] = frozenset()
 
 
 @functools.cache
@@ -107,7 +120,7 @@ def machine(device: torch.device) -> Machine:
     if device.type == "cuda" and torch.version.cuda:
         major, minor = torch.cuda.get_device_capability(device)
         generation = major * 10 + minor
-    return Machine(generation, find_spec("triton") is not None)
+    return Machine(generation, find_spec("triton") is not None, frozenset(name for name in PACKAGES if find_spec(name)))
 
 
 def choose(scheme: str, activations: str | None, operation: str, at: Machine) -> tuple[Row, tuple[str, ...]]:
@@ -135,6 +148,8 @@ def _problem(row: Row, activations: str | None, at: Machine) -> str | None:
             return f"written for sm_{low} to sm_{high - 1}, this is sm_{at.generation}"
         if not at.triton:
             return "needs triton, which is not installed"
+    if row.package is not None and row.package not in at.packages:
+        return f"needs {PACKAGES[row.package]}"
     return None
 
 

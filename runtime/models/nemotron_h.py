@@ -19,7 +19,7 @@ from runtime.builder import LayerBuilder
 from runtime.convolution import CausalConv1d
 from runtime.experts import Experts
 from runtime.kernels.ssd import Sizes, ssd
-from runtime.kernels.table import MAMBA_STEP
+from runtime.kernels.table import MAMBA_SCAN, MAMBA_STEP
 from runtime.layers import Linear, stored
 from runtime.models.base import CausalLM, Draft, Trunk
 from runtime.nonlinear import relu2
@@ -120,7 +120,8 @@ class Mixer(Protocol):
 class Mamba2(RecurrentMixer):
     """A state space with one decay per head and token: a short convolution, the recurrence, a gated norm."""
 
-    operation = MAMBA_STEP
+    step_operation, scan_operation = MAMBA_STEP, MAMBA_SCAN
+    recurrence = staticmethod(ssd)
 
     def __init__(self, a: NemotronHArchitecture, build: LayerBuilder, name: str) -> None:
         super().__init__()
@@ -155,7 +156,7 @@ class Mamba2(RecurrentMixer):
         dt = F.softplus(dt.float() + self.dt_bias.float()).clamp(self.shortest, self.longest)
         dt = at.silence(dt).transpose(1, 2).unsqueeze(-1)  # (B, heads, T, 1); no time passes where no token is
         decay = dt.squeeze(-1) * -self.A_log.float().exp().unsqueeze(-1)
-        y = cache.scan(ssd, (x * dt, b, c, decay), at) + x * self.D.float().view(-1, 1, 1)
+        y = cache.scan(self.over_time(z.dtype), (x * dt, b, c, decay), at) + x * self.D.float().view(-1, 1, 1)
         return self.norm(y.transpose(1, 2).flatten(2), z)
 
     def new_cache(self, size: CacheSize) -> RecurrentCache:

@@ -17,7 +17,7 @@ from runtime.architecture import RotaryArchitecture, refused
 from runtime.builder import LayerBuilder
 from runtime.convolution import CausalConv1d
 from runtime.kernels.gated_delta import Sizes, gated_delta
-from runtime.kernels.table import DELTA_STEP
+from runtime.kernels.table import DELTA_SCAN, DELTA_STEP
 from runtime.layers import Linear, stored
 from runtime.models.base import CausalLM, Draft, GatedMLP, Trunk, first_of
 from runtime.norms import GatedRMSNorm, ZeroCenteredRMSNorm
@@ -97,7 +97,8 @@ class Attention(nn.Module):
 class GatedDeltaNet(RecurrentMixer):
     """Linear attention: a short convolution, the gated delta rule, a gated norm."""
 
-    operation = DELTA_STEP
+    step_operation, scan_operation = DELTA_STEP, DELTA_SCAN
+    recurrence = staticmethod(gated_delta)
 
     def __init__(self, a: HybridArchitecture, build: LayerBuilder, name: str) -> None:
         super().__init__()
@@ -136,7 +137,7 @@ class GatedDeltaNet(RecurrentMixer):
         v = split_heads(v, self.value_dim).float()
         beta = at.silence(b.sigmoid().float()).transpose(1, 2)  # no write and no decay where no token is
         g = at.silence(-self.A_log.float().exp() * F.softplus(a.float() + self.dt_bias)).transpose(1, 2)
-        o = cache.scan(gated_delta, (q * self.key_dim**-0.5, k, v, g, beta), at)
+        o = cache.scan(self.over_time(z.dtype), (q * self.key_dim**-0.5, k, v, g, beta), at)
         return self.norm(o.transpose(1, 2).to(z.dtype), z.unflatten(-1, (-1, self.value_dim))).flatten(2)
 
     def new_cache(self, size: CacheSize) -> RecurrentCache:
