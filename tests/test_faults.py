@@ -28,6 +28,7 @@ ERRORS: dict[str, tuple[str, Callable[[], BaseException]]] = {
     "write": ("pwrite", lambda: OSError(errno.EIO, "Input/output error")),
     "disk-full": ("pwrite", lambda: OSError(errno.ENOSPC, "No space left on device")),
     "turned-read-only": ("open", lambda: OSError(errno.EROFS, "Read-only file system")),
+    "access": ("open", lambda: OSError(errno.EACCES, "Permission denied")),
     "quota": ("pwrite", lambda: OSError(errno.EDQUOT, "Disk quota exceeded")),
     "flush": ("fsync", lambda: OSError(errno.EIO, "Input/output error")),
     "journal": ("write", lambda: OSError(errno.ENOSPC, "No space left on device")),
