@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from runtime.activations import e8m0_table, fake_quantize
 from runtime.format import E2M1_VALUES, FP8_BLOCK, MX_GROUP, NVFP4_GROUP, ModuleSpec, module_tensors
-from runtime.kernels.table import FEW, FEW_TOKENS, prepare
+from runtime.kernels.table import FEW, FEW_TOKENS, LINEAR, prepare
 
 TORCH_DTYPES = {
     "BF16": torch.bfloat16,
@@ -90,8 +90,8 @@ class QuantizedLinear(Linear):
     """What the schemes share.  A subclass says how stored tensors become float32 values, in the order of `format.py`.
 
     With `quantize_activations` the input is quantised as the spec says and the matmul runs in float32, where products
-    of codes are exact; otherwise the dequantised weight is rounded to the dtype of `x`.  Few tokens in bfloat16 go to a
-    kernel where `kernels.table` has one for the device.
+    of codes are exact; otherwise the dequantised weight is rounded to the dtype of `x`.  Bfloat16 goes to a kernel where
+    `kernels.table` has one for the device and the number of tokens.
     """
 
     scheme: ClassVar[str]
@@ -118,14 +118,16 @@ class QuantizedLinear(Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., K]` to `[..., N]` in the dtype of `x`."""
-        few = x.dtype == torch.bfloat16 and 0 < x.numel() <= FEW_TOKENS * x.shape[-1]
-        if not few or self._few_tokens is None:
+        run = None
+        if x.dtype == torch.bfloat16 and x.numel() > 0:
+            run = self._few_tokens if x.numel() <= FEW_TOKENS * x.shape[-1] else self._many_tokens
+        if run is None:
             return super().forward(x)
         left, self._left = self._left, None
         codes = left[1] if left is not None and left[0] is x else None
         if self.spec.pre_quant_scale:
             x = (x * self.pre_quant_scale).to(x.dtype)
-        return self._few_tokens(x.reshape(-1, self.shape[1]), left=codes).reshape(*x.shape[:-1], self.shape[0])
+        return run(x.reshape(-1, self.shape[1]), left=codes).reshape(*x.shape[:-1], self.shape[0])
 
     @property
     def input_kind(self) -> tuple[str, Tensor | None] | None:
@@ -144,6 +146,11 @@ class QuantizedLinear(Linear):
     def _few_tokens(self) -> Callable[..., Tensor] | None:
         """The kernel for `[M, K]` of few rows on the device of the weight, None where there is none."""
         return prepare(FEW, self.spec, self.activations, dict(self.named_parameters()))
+
+    @functools.cached_property
+    def _many_tokens(self) -> Callable[..., Tensor] | None:
+        """The same for any number of rows."""
+        return prepare(LINEAR, self.spec, self.activations, dict(self.named_parameters()))
 
     def as_torchao(self, dtype: torch.dtype = torch.bfloat16) -> Any:
         """The weight as a torchao tensor that shares the stored bytes and gives results in `dtype`.
@@ -190,7 +197,7 @@ class QuantizedLinear(Linear):
     def without_reading(self) -> None:
         """Make this layer one that never reads values: each partition's input is quantised for itself, and by no kernel."""
         stops = list(accumulate(self.partition_rows))
-        self._few_tokens = None
+        self._few_tokens = self._many_tokens = None
         if "input_scale" in self._parameters:
             self._input_scales = [
                 (self.input_scale[p], stop - rows, stop) for p, (rows, stop) in enumerate(zip(self.partition_rows, stops))

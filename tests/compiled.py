@@ -246,6 +246,22 @@ MAMBA_STEP = Build(
 )  # fmt: skip
 
 
+def expand(scheme: str, K: int) -> Build:
+    """One form of `expand_kernel`."""
+    packed, group = scheme in ("nvfp4", "mxfp4"), {"fp8_block": 128, "nvfp4": 16, "mxfp8": 32, "mxfp4": 32}.get(scheme, 8192)
+    kinds = {"nvfp4": ("f8", 1), "mxfp8": ("u8", 2), "mxfp4": ("u8", 2)}
+    kind, size = kinds.get(scheme, ("f32", 0))
+    pointers = {"weight": "u8" if packed else "f8", "scale": kind, "out": "bf16"}
+    constants: dict[str, Any] = {"K": K, "GROUP": group, "EACH": min(group, 256), "PACKED": packed, "BYTES": size}
+    constants |= {"ROWS": 16, "COLUMNS": 256}
+    for argument, there, dtype in (
+        ("scale_row", scheme in ("fp8_tensor", "fp8_block"), "i32"), ("outer", scheme == "nvfp4", "f32"),
+    ):  # fmt: skip
+        pointers |= {argument: dtype} if there else {}
+        constants |= {} if there else {argument: None}
+    return Build(f"expand {scheme}", "runtime.kernels.expand:expand_kernel", pointers, constants, registers=128)
+
+
 def norm(name: str, H: int, kind: int, codes: str | None = None) -> Build:
     """One form of `rms_norm_kernel`, with a sum where there are codes."""
     pointers = dict.fromkeys(("x", "weight", "out"), "bf16")
@@ -306,6 +322,7 @@ BUILDS = [
     experts("nvfp4", "down, W4A16, K ends inside a step", 2688, 1856, act=0),
     experts("nvfp4", "first, W4A16", 1024, 2048, 16),
     experts("nvfp4", "first, W4A16", 1024, 2048, 32, budget=5.2),
+    *(expand(scheme, 5120) for scheme in ("fp8_tensor", "fp8_channel", "fp8_block", "nvfp4", "mxfp8", "mxfp4")),
     norm("plain", 2048, 0),
     norm("sum and token", 5120, 2, "f8"),
     norm("sum and groups", 5120, 4, "f8"),

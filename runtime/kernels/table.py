@@ -16,7 +16,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from runtime.format import SCHEMES, ModuleSpec
+from runtime.format import ACTIVATIONS, SCHEMES, ModuleSpec
 
 FEW_TOKENS = 64  # rows of input that "linear, few tokens" takes
 LINEAR, FEW = "linear", f"linear, up to {FEW_TOKENS} tokens"
@@ -100,6 +100,15 @@ ROWS = (
         "one launch, with the sum before it and the quantisation after it",
     ),
     Row(("rms norm",), (NORM,), None, None, TORCH, "one operation after another; runs anywhere"),
+    Row(
+        ("fp8_tensor", "fp8_channel"), (LINEAR,), ("fp8_static", "fp8_tensor", "fp8_token"), (90, 110),
+        "runtime.kernels.scaled_mm",
+        "FP8 tensor cores with a scale per row; shapes must be multiples of 16, for others the next",
+    ),
+    Row(
+        tuple(SCHEMES), (FEW, LINEAR), (None, *ACTIVATIONS), (89, 130), "runtime.kernels.expand",
+        "decodes weights to bfloat16 in one pass, then multiplies",
+    ),
     Row(tuple(SCHEMES), OPERATIONS, None, None, TORCH, "weights are converted on every call; runs anywhere"),
 )  # fmt: skip
 
@@ -161,15 +170,18 @@ def module_for(operation: str, scheme: str, device: torch.device) -> ModuleType 
 
 def prepare(
     operation: str, spec: ModuleSpec, activations: str | None, tensors: Mapping[str, Tensor]
-) -> Callable[[Tensor], Tensor] | None:
+) -> Callable[..., Tensor] | None:
     """The function that runs `operation` for a layer where its tensors are; None where the layer's own arithmetic does.
 
     `activations`: those that are used, which may be None where `spec` names some.  `tensors`: by role, as stored, and `bias`.
     """
-    row, _ = choose(spec.scheme, activations, operation, machine(tensors["weight"].device))
-    if row.module == TORCH:
-        return None
-    function: Callable[[Tensor], Tensor] = import_module(row.module).prepare(replace(spec, activations=activations), tensors)
+    at, function = machine(tensors["weight"].device), None
+    for row in ROWS:
+        if spec.scheme in row.schemes and operation in row.operations and _problem(row, activations, at) is None:
+            if row.module != TORCH:
+                function = import_module(row.module).prepare(replace(spec, activations=activations), tensors)
+            if function is not None or row.module == TORCH:
+                break  # else the row cannot serve this shape
     return function
 
 
