@@ -1,4 +1,4 @@
-"""Makes docs/errors.md: every error of the converter, read from where it is raised.  `python tests/errors_page.py` writes it."""
+"""Makes docs/errors.md: every error of the converter, from where it is raised.  `python tests/errors_page.py` writes it."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ def page() -> str:
     shared = {name: text for tree in trees.values() for name, text in constants(tree).items()}
     parts = [HEAD]
     for path in files:
-        found = dict.fromkeys(row for row in rows(path, shared) if HOLE != cell(row.expected))
+        found = dict.fromkeys(row for row in rows(path, shared) if cell(row.expected) != HOLE)
         if not found:
             continue
         summary = re.split(r"[:.,]", ast.get_docstring(trees[path]) or path.stem)[0]

@@ -11,7 +11,9 @@ import errors_page
 import families
 import pytest
 from support_table import BEGIN, END, table
+from test_casebook import CASES
 
+import convert
 from convert.cli import cli
 from convert.dialects import DIALECTS
 from convert.families import FAMILIES
@@ -43,9 +45,10 @@ def test_support_table() -> None:
 
 def test_errors_page() -> None:
     """docs/errors.md is what the code raises: run `python tests/errors_page.py` after a change to an error."""
-    assert errors_page.PAGE.read_text(encoding="utf-8") == errors_page.page()
-    assert "| an empty or absent OUT | files in it | choose another OUT, or replace it with --force (exit 2) |" in errors_page.page()
-    assert "| a safetensors header within ... bytes | header length ... |" in errors_page.page()  # made by a helper
+    page = errors_page.page()
+    assert errors_page.PAGE.read_text(encoding="utf-8") == page
+    assert "| an empty or absent OUT | files in it | choose another OUT, or replace it with --force (exit 2) |" in page
+    assert "| a safetensors header within ... bytes | header length ... |" in page  # made by a helper
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.name)
@@ -104,3 +107,21 @@ def test_architecture_names_real_files() -> None:
     page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
     for path in re.findall(r"`((?:convert|runtime|tests|bench)/[\w/.]*)`", page):
         assert (ROOT / path).exists(), path
+
+
+def test_faq_names_cases() -> None:
+    """Every case that the questions point at is in the case book, and every key of a report is explained."""
+    names = {case.name for case in CASES}
+    page = (ROOT / "docs" / "faq.md").read_text(encoding="utf-8")
+    mentioned = set(re.findall(r"`([a-z0-9]+(?:-[a-z0-9]+){2,})`", page))
+    assert mentioned
+    assert mentioned <= names
+
+
+def test_report_page_explains_every_key(tmp_path: Path) -> None:
+    """docs/report.md has each key of a conversion report."""
+    report = convert.convert_checkpoint(ROOT / "samples" / "qwen3_5-modelopt-mixed", tmp_path / "out", verify=True)
+    page = (ROOT / "docs" / "report.md").read_text(encoding="utf-8")
+    rows = [line.split("|")[1] for line in page.splitlines() if line.startswith("| `")]
+    explained = {key for row in rows for key in re.findall(r"`(\w+)`", row)}
+    assert report.to_json().keys() - explained == {"tensors", "bytes"}
