@@ -270,8 +270,8 @@ class Linears:
         shards = [n for n, _ in placed.shards]
         if placed.experts is None:
             return tuple(shards) if name == placed.name and len(shards) > 1 else ()
-        last = [n.rpartition(".")[2] for n in (shards if name not in shards else [name])]
-        return tuple(f"{placed.parent}.0.{s}" for s in last)
+        names, own = [n.rpartition(".")[2] for n in shards], name.rpartition(".")[2]
+        return tuple(f"{placed.parent}.0.{s}" for s in ([own] if own in names else names))
 
     def recognise(
         self,
