@@ -81,7 +81,7 @@ def _flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
         for key, inner in value.items():
             yield from _flat(inner, f"{path}.{key}" if path else str(key))
     else:
-        yield path, value
+        yield path, str(value) if isinstance(value, float) and not math.isfinite(value) else value  # as JSON has it
 
 
 def _facts(config: CanonicalConfig) -> dict[str, Any]:
@@ -123,13 +123,13 @@ def _stored_side(source: Source) -> Side:
     return Side(view, "source", set(source.tensors), facts, source.side_files)
 
 
-def _sides(a: Path, b: Path) -> tuple[Side, Side, str]:
+def _sides(*given: str | os.PathLike[str]) -> tuple[Side, Side, str]:
     """Both sides, and how they are compared: under canonical names, or as they are stored when one is refused."""
-    sources = [None if _is_canonical(path) else read_source(path) for path in (a, b)]
+    sources = [None if _is_canonical(Path(directory)) else read_source(directory) for directory in given]
     try:
         sides = [
-            _canonical_side(path) if source is None else _planned_side(source)
-            for path, source in zip((a, b), sources, strict=True)
+            _canonical_side(Path(directory)) if source is None else _planned_side(source)
+            for directory, source in zip(given, sources, strict=True)
         ]
     except ConvertError:
         stored = [_stored_side(source) for source in sources if source is not None]
@@ -333,7 +333,7 @@ def diff_checkpoints(
     and a few bytes for each tensor.  Raises `ConvertError` when one cannot be read, or is refused while the other is canonical;
     `UsageError` when there is no such directory.
     """
-    first, second, compared = _sides(Path(a), Path(b))
+    first, second, compared = _sides(a, b)
     found = Difference(compared=compared, values_compared=values)
     with first.view as ours, second.view as theirs:
         found.only_in_a = [name for name in ours.tensors if name not in theirs.tensors]

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.format import ModuleSpec
+from runtime.format import DENSE_DTYPES, ModuleSpec
 
 from .apply import e8m0_to_float32, to_float32
 from .defects import Finding
@@ -106,12 +106,12 @@ def from_values(view: View) -> Iterator[Finding]:
 
 def kv_range(view: View) -> dict[str, float] | None:
     """Smallest and largest KV-cache scale, or None when there is none."""
-    roles = [f"{module}.{c}_scale" for module in view.config.kv_cache for c in "kv"]
-    values = [to_float32(view.read(name), "F32") for name in roles if name in view.tensors]
-    if not values:
-        return None
-    joined = np.concatenate(values)
-    return {"min": float(joined.min()), "max": float(joined.max())}
+    names = (f"{module}.{c}_scale" for module in view.config.kv_cache for c in "kv")
+    stored = [(name, view.tensors[name].dtype) for name in names if name in view.tensors]
+    values = [to_float32(view.read(name), dtype) for name, dtype in stored if dtype in DENSE_DTYPES]
+    joined = np.concatenate([v[np.isfinite(v)] for v in values]) if values else np.zeros(0)
+    return {"min": float(joined.min()), "max": float(joined.max())} if joined.size else None
+
 
 # -- histograms ---------------------------------------------------------------------------------------------------------
 

@@ -6,7 +6,8 @@ headers    bytes of safetensors files, through the converter's reader and the ru
            safetensors library must accept with the same names, dtypes and shapes
 source     config.json, hf_quant_config.json, index and headers of tiny checkpoints of all dialects, through `inspect`,
            `--dry-run`, and one in ten through the whole conversion and its proof
-canonical  config.json, index, report and headers of converted checkpoints, through `inspect`, `verify` and `export`
+canonical  config.json, index, report and headers of converted checkpoints, through `inspect`, `diff`, `verify`
+           and `export`
 network    the same through `runtime.load_model`
 
 What breaks one of these stops the run with exit code 1, and is kept in the folder for a corpus file in `tests/corpus`.
@@ -253,8 +254,8 @@ def check_text(text: str, *, lines: bool = False) -> None:
             raise BrokenError(f"not a complete message: {line!r}")
 
 
-def run_cli(*args: object) -> int:
-    """Run a command in this process and check what it says.  Returns its exit code, 0 or 1."""
+def run_cli(*args: object, said: bool = True) -> int:
+    """Run a command in this process and check what it says.  Returns its exit code, 0 or 1; `said`: 1 with a reason."""
     from convert.cli import main
 
     out, err = io.StringIO(), io.StringIO()
@@ -264,7 +265,7 @@ def run_cli(*args: object) -> int:
         raise BrokenError(f"exit code {code} of {args[0]}: {err.getvalue()}")
     check_text(out.getvalue())
     check_text(err.getvalue(), lines=True)
-    if code and not err.getvalue():
+    if said and code and not err.getvalue():
         raise BrokenError(f"nothing said by {args[0]}")
     return code
 
@@ -272,7 +273,9 @@ def run_cli(*args: object) -> int:
 def check_source(folder: Path, rng: Rng) -> str:
     """Commands on the source checkpoint in `folder`; what converts must pass its proof."""
     code = run_cli("inspect", folder, "--no-values", *(["--json"] if rng.random() < 0.1 else []))
-    if rng.random() < 0.2 and run_cli("inspect", folder, "--tensors") < code:  # values may be refused that headers allow
+    page = folder.parent / "page.html"
+    # Values may be refused that headers allow, not the other way round.
+    if rng.random() < 0.2 and run_cli("inspect", folder, "--tensors", "--html", page) < code:
         raise BrokenError("inspect accepts with its values what it refuses without")
     out = folder.parent / "out"
     if rng.random() < 0.5 and run_cli(folder, out, "--dry-run") != code:
@@ -282,6 +285,8 @@ def check_source(folder: Path, rng: Rng) -> str:
         if run_cli(folder, out, "--no-hash") == 0:
             if run_cli("verify", folder, out) != 0:
                 raise BrokenError("converts, but does not verify")
+            if run_cli("diff", folder, out) != 0:
+                raise BrokenError("verifies, but differs")
             return "converts"
         if out.exists():
             raise BrokenError("refused, but OUT is there")
@@ -290,7 +295,8 @@ def check_source(folder: Path, rng: Rng) -> str:
 
 def check_canonical(folder: Path, rng: Rng) -> str:
     """Commands on the canonical checkpoint in `folder`, a copy of a conversion of its sibling `in`."""
-    codes = [run_cli("inspect", folder), run_cli("verify", folder)]
+    codes = [run_cli("inspect", folder, "--html", folder.parent / "page.html"), run_cli("verify", folder)]
+    run_cli("diff", folder.parent / "in", folder, said=False)
     if rng.random() < 0.5:
         codes.append(run_cli("verify", folder.parent / "in", folder))
     if rng.random() < 0.5:
