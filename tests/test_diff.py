@@ -13,8 +13,10 @@ from build import E2M1, E4M3, Built, Raw, build, edit_json, edit_tensors, raw, r
 from conftest import Ran
 
 import convert
+from convert.canonical import open_canonical
 from convert.copying import Sources
 from convert.differ import Difference
+from convert.view import view_canonical, view_plan
 
 Cli = Callable[..., Ran]
 PAGE = (Path(__file__).parents[1] / "docs" / "inspect.md").read_text("utf-8")
@@ -106,6 +108,34 @@ def test_not_a_number(tmp_path: Path) -> None:
     assert (value["differ"], value["max_abs"]) == (a.architecture["hidden_size"], None)
     edit_tensors(b.directory, lambda stored: stored.update({"model.norm.weight": nan}))
     assert difference(a.directory, b.directory)["equal"]
+
+
+def test_minus_zero(tmp_path: Path) -> None:
+    """Another bit pattern of the same number is a difference of 0."""
+    a, b = build(tmp_path / "a", **FP8), build(tmp_path / "b", **FP8)
+    for built, zero in ((a, 0.0), (b, -0.0)):
+        norm = raw("F32", np.full(built.architecture["hidden_size"], zero))
+        edit_tensors(built.directory, lambda stored, norm=norm: stored.update({"model.norm.weight": norm}))
+    (value,) = difference(a.directory, b.directory)["values"]
+    assert (value["differ"], value["max_abs"]) == (a.architecture["hidden_size"], 0.0)
+
+
+@pytest.mark.parametrize(
+    "options", [MIXED, EXPERTS | {"layout": "X3"}, EXPERTS, BLOCK], ids=["mixed", "transposed", "experts", "blocks"]
+)
+def test_any_range_can_be_read(options: dict[str, Any], make: Callable[..., Built], tmp_path: Path) -> None:
+    """A tensor is the same whether it is read at once, in odd pieces, or from its middle; in a source and in OUT."""
+    built, out = make(**options), tmp_path / "out"
+    convert.convert_checkpoint(built.directory, out)
+    for view in (view_plan(convert.plan_conversion(built.directory)), view_canonical(open_canonical(out))):
+        with view:
+            assert view.tensors.keys() == built.canonical.keys()
+            for name, tensor in built.canonical.items():
+                size = len(tensor.data)
+                assert view.read(name) == tensor.data
+                cuts = sorted({0, size // 7, size // 3, size - 1, size})
+                assert b"".join(view.read(name, i, j) for i, j in zip(cuts, cuts[1:])) == tensor.data
+                assert view.read(name, size // 2) == tensor.data[size // 2 :]
 
 
 @pytest.mark.parametrize(
