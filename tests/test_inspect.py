@@ -123,6 +123,82 @@ def test_a_healthy_checkpoint_has_no_defects(make: Callable[..., Built], cli: Cl
     assert "defects, the worst first" not in ran.out
 
 
+def _config(change: Callable[[dict[str, Any]], object]) -> Callable[[Built], object]:
+    return lambda built: edit_json(built.directory / "config.json", change)
+
+
+def _quant(change: Callable[[dict[str, Any]], object]) -> Callable[[Built], object]:
+    return _config(lambda config: change(config["quantization_config"]))
+
+
+def _with_adapter(built: Built) -> None:
+    module = "model.layers.0.self_attn.q_proj"
+    stored = read_tensors(built.directory)
+    n, k = stored[f"{module}.base_layer.weight"].shape
+    pair = {"A": raw("BF16", np.ones((2, k))), "B": raw("BF16", np.ones((n, 2)))}
+    edit_tensors(built.directory, lambda t: t.update({f"{module}.lora_{c}.default.weight": pair[c] for c in pair}))
+
+
+def _twice(built: Built) -> None:
+    name = "model.norm.weight"
+    edit_tensors(built.directory, lambda t: t.update({f"base_model.model.{name}": t[name]}))
+
+
+def _quantised_embedding(built: Built) -> None:
+    name = "model.embed_tokens.weight"
+    shape = read_tensors(built.directory)[name].shape
+    scale = raw("F32", np.float32(0.01))
+    codes = raw("F8_E4M3", np.full(shape, 0x38))
+    edit_tensors(built.directory, lambda t: t.update({name: codes, f"{name}_scale": scale}))
+
+
+def _stale_index(built: Built) -> None:
+    edit_json(built.directory / "model.safetensors.index.json", lambda index: index["weight_map"].pop("model.norm.weight"))
+
+
+FP8_CACHE = {"dynamic": False, "num_bits": 8, "type": "float"}
+MODELOPT = {"family": "qwen3", "dialect": "modelopt"}
+# Kinds that no case of the case book is about: how it is built, what makes it so, how many names it concerns.
+OTHER_KINDS: dict[str, tuple[dict[str, Any], Callable[[Built], object], int | None]] = {
+    "unknown-names-quantised": (
+        MODELOPT | {"scheme": "mixed"},
+        _quant(lambda q: q["quantized_layers"].update({"model.layers.99.mlp.up_proj": {"quant_algo": "FP8"}})), 1),
+    "group-size-differs": (NVFP4, _quant(lambda q: q.update(group_size=32)), None),
+    "kv-scales-missing": (FP8, _quant(lambda q: q.update(kv_cache_scheme=FP8_CACHE)), 1),
+    "kv-cache-undeclared": (FP8 | {"kv": "tensor"}, _quant(lambda q: q.pop("kv_cache_scheme")), 1),
+    "drafts-undeclared": (
+        {"family": "qwen3_5", "dialect": "modelopt", "scheme": "fp8", "mtp": True},
+        _config(lambda c: c.update(mtp_num_hidden_layers=0)), 1),
+    "separate-head-declared-tied": (FP8, _config(lambda c: c.update(tie_word_embeddings=True)), 1),
+    "no-quantisation-config": (FP8, _config(lambda c: c.pop("quantization_config")), 1),
+    "kv-scales-per-head": (
+        {"family": "qwen3", "dialect": "compressed-tensors", "scheme": "fp8_static", "kv": "head"}, lambda built: None, None),
+    "pre-quant-scales": (MODELOPT | {"scheme": "nvfp4_awq"}, lambda built: None, None),
+    "quantised-embedding": (MODELOPT | {"scheme": "fp8_weight_only"}, _quantised_embedding, 1),
+    "mx-from-modelopt": (MODELOPT | {"scheme": "mxfp4"}, lambda built: None, None),
+    "adapter-inside": (FP8 | {"base_layer": "some"}, _with_adapter, 2),
+    "stored-twice": (FP8, _twice, 1),
+    "damaged-file": (FP8 | {"shards": 2}, _stale_index, 1),
+    "other-contradiction": (FP8, lambda built: None, 0),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", OTHER_KINDS)
+def test_other_kinds(kind: str, make: Callable[..., Built]) -> None:
+    """Each is found where it is, with the number of names that it concerns; and not before."""
+    options, change, number = OTHER_KINDS[kind]
+    built = make(**options)
+    change(built)
+    facts = convert.inspect_checkpoint(built.directory)
+    assert "other-contradiction" not in ids(facts), "every contradiction has a kind"
+    if number != 0:
+        found = defect(facts, kind)
+        assert found["count"] == (number or found["count"]) > 0
+        assert len(found["tensors"]) in (found["count"], 0)
+        assert sum(found["patterns"].values()) == len(found["tensors"])
+        assert facts["refused"] == (found["severity"] == "fatal")
+
+
 # -- values -------------------------------------------------------------------------------------------------------------
 
 GROUPS = (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("mlp.gate_proj", "mlp.up_proj"))
