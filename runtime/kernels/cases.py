@@ -103,6 +103,12 @@ class ExpertCase:
             ModuleSpec(self.scheme, (self.H, self.inner), (("", self.H),), self.activations, experts=self.E),
         )
 
+    @property
+    def nbytes(self) -> int:
+        """What one token reads: the stored tensors of its experts."""
+        stored = sum(tensor.nbytes for spec in self.specs() for tensor in module_tensors(spec).values())
+        return stored * self.per_token // self.E
+
     def activation(self) -> SwiGLU | ReLU2:
         """What stands between the stages."""
         return SwiGLU(self.limit) if self.gated else ReLU2()

@@ -7,7 +7,8 @@ the first writes codes.  Scales that are made of the input (per token, or per to
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -16,8 +17,9 @@ import triton.language as tl
 from torch import Tensor
 
 from runtime.format import ModuleSpec
+from runtime.kernels import slots
 from runtime.kernels.cases import ExpertCase
-from runtime.kernels.fp8_linear import row_blocks, row_partitions, sum_products
+from runtime.kernels.fp8_linear import reference, row_blocks, row_partitions, sum_products
 from runtime.kernels.fp8_quantize import quantize, quantize_for_experts
 from runtime.kernels.slots import (
     NOTHING,
@@ -134,7 +136,7 @@ class Fp8Stage:
     def __call__(self, x: Tensor, launch: Launch, out: Tensor, tiles: Tiles | None = None) -> Tensor:
         """See `slots.Stage`."""
         kind, chosen, blocks = self.spec.activations, launch.chosen, launch.blocks
-        slots, device, (N, K) = chosen.numel(), x.device, self.spec.shape
+        count, device, (N, K) = chosen.numel(), x.device, self.spec.shape
         x_scale, x_scale_kind = None, 0
         if kind == "fp8_static":
             assert self.input_scale is not None
@@ -145,15 +147,15 @@ class Fp8Stage:
             x, x_scale = quantize(x, kind)
             x_scale_kind = 2 if kind == "fp8_token" else 3
         if blocks is None:
-            cut = tiles or cut_slots(SLOT_SHAPES, slots, N, K, device)
-            grid = (-(-N // cut.rows), cut.split, slots)
+            cut = tiles or cut_slots(SLOT_SHAPES, count, N, K, device)
+            grid = (-(-N // cut.rows), cut.split, count)
         else:
             cut = tiles or cut_blocks(BLOCK_SHAPES, blocks.tokens, K)
             grid = (-(-N // cut.rows), 1, len(blocks.table))
         fp8_experts_kernel[grid](
             x, self.weight, self.scale, self.scale_row, x_scale, chosen, launch.share,
             None if blocks is None else blocks.order, None if blocks is None else blocks.table, out, launch.out_scale,
-            workspace(cut, grid, launch, device), counters(device), N, K, self.scale[0].numel(), slots // len(x),
+            workspace(cut, grid, launch, device), counters(device), N, K, self.scale[0].numel(), count // len(x),
             chosen.shape[1], cut.rows, cut.tokens, cut.split, cut.steps, self.spec.scheme == "fp8_block", x_scale_kind,
             self.act, self.limit, INTERPRETED, num_warps=cut.warps, num_stages=cut.stages, maxnreg=cut.registers,
         )  # fmt: skip
@@ -184,3 +186,14 @@ def stage(spec: ModuleSpec, tensors: Mapping[str, Tensor], act: int, limit: floa
     }[spec.scheme]().int()
     scale = tensors["weight_scale"].contiguous()
     return Fp8Stage(spec, tensors["weight"], scale, scale_row, one_input_scale(spec, tensors), act, limit)
+
+
+def errors(case: ExpertCase, device: torch.device, seed: int) -> dict[str, float]:
+    """See `slots.errors`: each width of the blocks, and slots."""
+    plans = [(1, None, None), (3, None, None), *((40, shape.tokens, None) for shape in BLOCK_SHAPES)]
+    return slots.errors(sys.modules[__name__], reference, case, device, seed, plans if case.tiny else plans[:1])
+
+
+def launch(case: ExpertCase, device: torch.device, seed: int) -> Callable[[], Tensor]:
+    """See `slots.launch`."""
+    return slots.launch(sys.modules[__name__], case, device, seed)

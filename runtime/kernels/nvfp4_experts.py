@@ -6,7 +6,8 @@ Quantised inputs: the global scale belongs to an expert, so each slot has values
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -15,9 +16,10 @@ import triton.language as tl
 from torch import Tensor
 
 from runtime.format import ModuleSpec
+from runtime.kernels import slots
 from runtime.kernels.cases import ExpertCase
 from runtime.kernels.fp8_linear import row_partitions
-from runtime.kernels.nvfp4_linear import ROW_FACTOR, scale_words, sum_products, word_selectors
+from runtime.kernels.nvfp4_linear import ROW_FACTOR, reference, scale_words, sum_products, word_selectors
 from runtime.kernels.nvfp4_quantize import quantize_for_experts
 from runtime.kernels.slots import (
     NOTHING,
@@ -121,12 +123,12 @@ class Nvfp4Stage:
     def __call__(self, x: Tensor, launch: Launch, out: Tensor, tiles: Tiles | None = None) -> Tensor:
         """See `slots.Stage`."""
         chosen, blocks = launch.chosen, launch.blocks
-        slots, device, (N, K) = chosen.numel(), x.device, self.spec.shape
+        count, device, (N, K) = chosen.numel(), x.device, self.spec.shape
         if self.input_scale is not None:
             x = quantize_for_experts(x, self.input_scale, chosen)
         if blocks is None:
-            cut = tiles or cut_slots(SLOT_SHAPES, slots, N, K, device)
-            grid = (-(-N // cut.rows), cut.split, slots)
+            cut = tiles or cut_slots(SLOT_SHAPES, count, N, K, device)
+            grid = (-(-N // cut.rows), cut.split, count)
         else:
             cut = tiles or cut_blocks(BLOCK_SHAPES, blocks.tokens, K)
             grid = (-(-N // cut.rows), 1, len(blocks.table))
@@ -134,7 +136,7 @@ class Nvfp4Stage:
             x.view(torch.int32), self.words, self.block_scale, word_selectors(device),
             self.scale, self.scale_row, chosen, launch.share, None if blocks is None else blocks.order,
             None if blocks is None else blocks.table, out, workspace(cut, grid, launch, device), counters(device),
-            N, K, self.scale.shape[1], slots // len(x), chosen.shape[1], cut.rows, cut.tokens, cut.split, cut.steps,
+            N, K, self.scale.shape[1], count // len(x), chosen.shape[1], cut.rows, cut.tokens, cut.split, cut.steps,
             self.act, self.limit, INTERPRETED, num_warps=cut.warps, num_stages=cut.stages, maxnreg=cut.registers,
         )  # fmt: skip
         return out
@@ -161,3 +163,14 @@ def stage(spec: ModuleSpec, tensors: Mapping[str, Tensor], act: int, limit: floa
     scale_row = row_partitions([count for _, count in spec.partitions], scale.device).int()
     words, block_scale = tensors["weight"].view(torch.int32), scale_words(tensors["weight_scale"])
     return Nvfp4Stage(spec, words, block_scale, scale.contiguous(), scale_row, input_scale, act, limit)
+
+
+def errors(case: ExpertCase, device: torch.device, seed: int) -> dict[str, float]:
+    """See `slots.errors`: each width of the blocks, and slots."""
+    plans = [(1, None, None), (3, None, None), *((40, shape.tokens, None) for shape in BLOCK_SHAPES)]
+    return slots.errors(sys.modules[__name__], reference, case, device, seed, plans if case.tiny else plans[:1])
+
+
+def launch(case: ExpertCase, device: torch.device, seed: int) -> Callable[[], Tensor]:
+    """See `slots.launch`."""
+    return slots.launch(sys.modules[__name__], case, device, seed)

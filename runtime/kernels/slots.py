@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import triton
@@ -23,8 +23,9 @@ import triton.language as tl
 from torch import Tensor
 
 from runtime.format import ACTIVATIONS, ModuleSpec
+from runtime.kernels.cases import ExpertCase
 from runtime.kernels.fp8_quantize import to_codes
-from runtime.kernels.tiles import COUNTERS, INPUTS, STAGES, Shape, Tiles, choose_tiles, multiprocessors
+from runtime.kernels.tiles import COUNTERS, INPUTS, STAGES, Shape, Tiles, choose_tiles, counters, multiprocessors
 from runtime.nonlinear import ReLU2, SwiGLU
 
 FEW_SLOTS = 128  # slots up to which every slot has programs of its own
@@ -291,9 +292,12 @@ def workspace(tiles: Tiles, grid: tuple[int, int, int], launch: Launch, device: 
     return torch.empty(grid[0] * grid[1] * grid[2] * tiles.rows if needed else 1, dtype=torch.float32, device=device)
 
 
+Linear = Callable[[Tensor, ModuleSpec, Mapping[str, Tensor]], Tensor]
+
+
 def reference(
-    linear: Callable[[Tensor, ModuleSpec, Mapping[str, Tensor]], Tensor],
-    x: Tensor, chosen: Tensor, spec: ModuleSpec, tensors: Mapping[str, Tensor], activation: SwiGLU | ReLU2 | None,
+    linear: Linear, x: Tensor, chosen: Tensor, spec: ModuleSpec, tensors: Mapping[str, Tensor],
+    activation: SwiGLU | ReLU2 | None,
 ) -> Tensor:  # fmt: skip
     """A stage in float64, `[S, width]`; `linear`: the reference of the scheme.  `x`: `[T, K]` or `[S, K]`."""
     rows = []
@@ -302,3 +306,59 @@ def reference(
         y = linear(one, replace(spec, experts=None), {role: tensor[expert] for role, tensor in tensors.items()})
         rows.append(y if activation is None else activation(*y.split(y.shape[1] // activation.inputs, 1)))
     return torch.cat(rows)
+
+
+Plan = tuple[int, int | None, Tiles | None]  # tokens; width of the blocks, None for single slots; how to cut
+
+
+def errors(
+    kernel: Any, linear: Linear, case: ExpertCase, device: torch.device, seed: int, plans: Sequence[Plan]
+) -> dict[str, float]:
+    """Largest error of each stage over its largest result, for several plans: NaN where an output was not written, infinite
+    where codes are not those of what was written without.  Fresh inputs, poisoned outputs.
+
+    `kernel`: has `prepare`.  `linear`: reference of the scheme.
+    """
+    worst = {}
+    for n, (T, width, cut) in enumerate(plans):
+        (first, down), (a, b) = case.specs(), case.tensors(device, seed + n)
+        run, (chosen, share) = kernel.prepare(first, down, a, b, case.activation()), case.chosen(T, device, seed + n)
+        blocks = None if width is None else sort_slots(chosen, case.E, width)
+        name = f"{T} tokens, {'slots' if blocks is None else f'blocks of {width}'}"
+        x, h = inputs(T, case.H, device, seed + n), inputs(chosen.numel(), case.inner, device, seed + n)
+
+        expected = reference(linear, x, chosen, first, a, case.activation())
+        found = torch.full(expected.shape, torch.nan, device=device)
+        run.first(x, Launch(chosen, None, blocks), found, cut)
+        worst[f"{name}, first"] = float((found - expected).abs().max() / expected.abs().max())
+        if run.codes:
+            scale = b["input_scale"][chosen.flatten()]
+            codes = torch.full(expected.shape, -1.0, device=device).to(torch.float8_e4m3fn)
+            run.first(x, Launch(chosen, None, blocks, run.down.input_scale), codes, cut)
+            same = torch.equal(codes.float(), (found / scale).clamp(-448, 448).to(torch.float8_e4m3fn).float())
+            worst[f"{name}, codes"] = 0.0 if same else torch.inf
+
+        each = reference(linear, h, chosen, down, b, None)
+        expected = (each.unflatten(0, share.shape) * share.double().unsqueeze(-1)).sum(1)
+        found = torch.full(expected.shape, torch.nan, device=device)
+        if blocks is None:
+            run.down(h, Launch(chosen, share), found, cut)
+        else:
+            parts = torch.full(each.shape, torch.nan, device=device)
+            combine(run.down(h, Launch(chosen, None, blocks), parts, cut), share, found)
+        worst[f"{name}, down"] = float((found - expected).abs().max() / expected.abs().max())
+        assert not counters(device).any(), "a counter was left behind"
+    return worst
+
+
+def inputs(rows: int, columns: int, device: torch.device, seed: int) -> Tensor:
+    """Bfloat16 rows of different size."""
+    x = torch.randn(rows, columns, generator=torch.Generator(device).manual_seed(seed), device=device)
+    return (x * torch.logspace(0, 1, rows, device=device)[:, None]).bfloat16()
+
+
+def launch(kernel: Any, case: ExpertCase, device: torch.device, seed: int) -> Callable[[], Tensor]:
+    """One token through both stages, to time; `case.nbytes` says what that reads."""
+    run = kernel.prepare(*case.specs(), *case.tensors(device, seed), case.activation())
+    x, (chosen, share) = inputs(1, case.H, device, seed).bfloat16(), case.chosen(1, device, seed)
+    return lambda: run(x, chosen, share)
