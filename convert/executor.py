@@ -141,7 +141,7 @@ class Run:
         """Write one file of OUT, flush it, and note it in the journal with its digests and the number of zero block scales."""
         done = self.staging.done.get(shard.name)
         if done is not None and done["size"] == shard.size:
-            self.progress(shard.size - len(shard.header))
+            self.progress(shard.size)
             return
         zeros = 0
         digests: dict[str, str] = {}
@@ -326,7 +326,7 @@ def convert_checkpoint(
                 nothing when `out_dir` is complete already
     verify      prove the result against the source before `out_dir` appears
     hashes      record digests: SHA-256 of every file of IN, and of OUT what `verify_digests` checks
-    progress    called with (bytes written, total bytes) as the work goes on, from worker threads
+    progress    called with (bytes written, total bytes) of the files with tensors, from worker threads; the total at last
 
     Returns the report.  Raises `ConvertError` when the checkpoint is refused, `UsageError` for paths that cannot be used,
     `MachineError` when the disk fails.  On any error `out_dir` is as it was before.
@@ -344,7 +344,7 @@ def convert_checkpoint(
             tidy(out)
             return Report(finished | proof(source, out) if verify else finished)
         check_target(out, source, force)
-    written = 0
+    written, total = 0, sum(shard.size for shard in shards)
     lock = threading.Lock()
 
     def advance(nbytes: int) -> None:
@@ -352,7 +352,7 @@ def convert_checkpoint(
         with lock:
             written += nbytes
             if progress is not None:
-                progress(written, plan.total_bytes)
+                progress(written, total)
 
     work: Staging | None = None
     identity = {"plan": digest, "in": {name: list(known) for name, known in before.items()}, "hashes": hashes}
