@@ -12,6 +12,7 @@ import hashlib
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from heapq import heapify, heappop, heappush
 from html import escape
 from importlib.resources import files
 from pathlib import Path
@@ -29,6 +30,9 @@ WIDTH, HEIGHT = 1140, 460  # of the treemap
 CELLS = 1500  # of the treemap at most
 PROBLEMS_SHOWN = 50
 CHILDREN_SHOWN = 400  # of one node of the tree
+NODES_SHOWN = 20_000  # of the tree
+DEPTH = 30  # of the tree; what is below is one name
+KINDS_SHOWN = 200
 LAYERS_SHOWN = 200
 
 
@@ -67,7 +71,7 @@ def tree(rows: Iterable[Row]) -> Node:
     root = Node("")
     for row in rows:
         node = root
-        segments = row.name.split(".")
+        segments = row.name.split(".", DEPTH)
         for segment in ("", *segments):
             if segment or node is not root:
                 node = node.children.setdefault(segment, Node(segment))
@@ -111,8 +115,10 @@ def _swatch(scheme: str) -> str:
     return f'<svg viewBox="0 0 11 11" aria-hidden="true"><rect width="11" height="11" rx="2.5" class="{_class(scheme)}"/></svg>'
 
 
-def _tree(node: Node, path: str, depth: int) -> Iterator[str]:
-    for child in list(node.children.values())[:CHILDREN_SHOWN]:
+def _tree(node: Node, path: str, depth: int, left: Iterator[int]) -> Iterator[str]:
+    """`left`: has an item for each node that may still be shown."""
+    shown = [child for child, _ in zip(list(node.children.values())[:CHILDREN_SHOWN], left)]
+    for child in shown:
         several = len(child.alike) > 1
         label = _ranges(child.alike) if several else child.name
         times = f"{len(child.alike)} x " if several else ""
@@ -130,10 +136,10 @@ def _tree(node: Node, path: str, depth: int) -> Iterator[str]:
         )
         if child.leaf:
             yield f'<div class="leaf"><span class="soft">{_text(child.leaf)}</span></div>'
-        yield from _tree(child, where, depth + 1)
+        yield from _tree(child, where, depth + 1, left)
         yield "</details>"
-    if len(node.children) > CHILDREN_SHOWN:
-        yield f'<div class="leaf soft">... and {len(node.children) - CHILDREN_SHOWN} more</div>'
+    if len(node.children) > len(shown):
+        yield f'<div class="leaf soft">... and {len(node.children) - len(shown)} more</div>'
 
 
 def _anchor(path: str) -> str:
@@ -187,18 +193,22 @@ def squarify(sizes: Sequence[float], box: Box) -> list[Box]:
     return boxes
 
 
-def _branches(node: Node, limit: int, path: str = "") -> list[tuple[str, Node]]:
+def _branches(node: Node, limit: int) -> list[tuple[str, Node]]:
     """The nodes that a treemap shows: the tree cut where there would be more than `limit`; the largest are opened first."""
-    shown = [(name, child) for name, child in node.children.items()]
-    while True:
-        inner = [(p, n) for p, n in shown if _opens(p, n)]
-        if not inner:
-            return shown
-        p, n = max(inner, key=lambda pair: pair[1].nbytes)
-        if len(shown) - 1 + len(n.children) > limit or n.nbytes < node.nbytes / limit:
-            return shown
-        shown.remove((p, n))
-        shown += [(f"{p}.{name}", child) for name, child in n.children.items()]
+    first = sorted(node.children.items(), key=lambda pair: -pair[1].nbytes)[:limit]
+    found = [(name, child) for name, child in first if not _opens(name, child)]
+    closed = [(-child.nbytes, name, child) for name, child in first if _opens(name, child)]
+    heapify(closed)
+    while closed:
+        size, where, inner = heappop(closed)
+        if len(found) + len(closed) + len(inner.children) > limit or -size < node.nbytes / limit:
+            return [*found, (where, inner), *((name, child) for _, name, child in closed)]
+        for name, child in inner.children.items():
+            if _opens(f"{where}.{name}", child):
+                heappush(closed, (-child.nbytes, f"{where}.{name}", child))
+            else:
+                found.append((f"{where}.{name}", child))
+    return found
 
 
 def _opens(path: str, node: Node) -> bool:
@@ -338,7 +348,8 @@ def _sizes(facts: Mapping[str, Any], shown: Sequence[Cell], root: Node) -> Itera
     yield "</ul></section><section><h2>Kinds of modules</h2><table>"
     yield '<tr><th>module</th><th>scheme</th><th class="n">modules</th><th class="n">bytes</th><th class="n">share</th>'
     yield "<th></th></tr>"
-    for row in merged_kinds(facts):
+    kinds = merged_kinds(facts)
+    for row in kinds[:KINDS_SHOWN]:
         inputs = f", {row['activations']} inputs" if row["activations"] else ""
         yield (
             f"<tr><td><code>{_text(row['kind'])}</code></td><td>{_text(row['scheme'] + inputs)}</td>"
@@ -347,6 +358,8 @@ def _sizes(facts: Mapping[str, Any], shown: Sequence[Cell], root: Node) -> Itera
             f'<rect width="130" height="9" rx="4" class="track"/>'
             f'<rect width="{130 * row["share"]:.1f}" height="9" rx="4" class="{_class(row["scheme"])}"/></svg></td></tr>'
         )
+    if len(kinds) > KINDS_SHOWN:
+        yield f'<tr><td class="soft">... and {len(kinds) - KINDS_SHOWN} more</td></tr>'
     yield "</table></section>"
 
 
@@ -442,7 +455,7 @@ def render(found: Inspection) -> Iterator[str]:
     if found.rows:
         yield '<section><h2>Modules as they are stored</h2><p class="sub">Numbered modules that are alike stand once.</p>'
         yield '<div class="tree">'
-        yield from _tree(root, "", 0)
+        yield from _tree(root, "", 0, iter(range(NODES_SHOWN)))
         yield "</div></section>"
     yield from _lists(facts)
     yield f'<p class="sub">qconvert {_text(__version__)} inspect</p></main></body></html>\n'

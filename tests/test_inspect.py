@@ -505,6 +505,19 @@ def test_alike_modules_stand_once() -> None:
     assert sum(1 for _ in render(Inspection({**UNKNOWN, "kind": "source"}, rows))) < 3500
 
 
+def test_page_of_any_names_is_bounded() -> None:
+    """Names without end, and thousands that have nothing in common."""
+    deep = [".".join("a" * 2000), ".".join("a" * 2000 + "b")]
+    wide = [f"n{i}.x{i % 7}.y{i}" for i in range(5000)]
+    flat = [f"m.k{i % 100}.n{i}.z" for i in range(12_000)]
+    for names in (deep, wide, flat):
+        rows = [Row(name, "U8", (1,), 1, "f", "", "U8") for name in names]
+        kinds = [{"kind": name, "scheme": "U8", "activations": None, "modules": 1, "bytes": 1, "share": 0.5} for name in names]
+        pieces = list(render(Inspection({**UNKNOWN, "kind": "source", "kinds": kinds}, rows)))
+        assert sum(map(len, pieces)) < 6_000_000
+        Reader("".join(pieces))
+
+
 def test_treemap_boxes() -> None:
     """Each rectangle has its share of the area, none overlaps another or leaves the box."""
     sizes = [6, 6, 4, 3, 2, 2, 1]
