@@ -186,11 +186,16 @@ def mamba2_step_kernel(
 
     position = tl.load(positions + sequence)
     inputs, ring = xbc + sequence * xbc_row, conv + sequence * (CHANNELS * RING)
-    x = convolved(inputs, ring, weight, bias, head * P + p, rows, position, W, RING)
+    # By way of memory: a value that is computed and then spread over the rows of S would be loaded anew, all eight inputs of it,
+    # by every thread that needs it.
+    own = work + ((tl.num_programs(1) + sequence) * HEADS + head) * P + p
+    tl.store(own, convolved(inputs, ring, weight, bias, head * P + p, rows, position, W, RING), mask=rows)
     b = convolved(inputs, ring, weight, bias, HEADS * P + group * N + n, columns, position, W, RING)
     c = convolved(inputs, ring, weight, bias, HEADS * P + (GROUPS + group) * N + n, columns, position, W, RING)
     step = softplus(tl.load(dt + sequence * dt_row + head).to(tl.float32) + tl.load(dt_bias + head).to(tl.float32))
     step = tl.minimum(tl.maximum(step, low), high)
+    tl.debug_barrier()  # all of x is stored
+    x = tl.load(own, mask=rows, other=0.0)
     S = S * tl.exp(-tl.exp(tl.load(A_log + head).to(tl.float32)) * step) + (step * x)[:, None] * b[None, :]
     tl.store(cells, S, mask=whole)
     y = tl.sum(S * c[None, :], 1) + tl.load(D + head).to(tl.float32) * x
@@ -231,7 +236,7 @@ def prepare(sizes: Sizes, tensors: Mapping[str, Tensor]) -> Callable[..., Tensor
         assert conv.is_contiguous()
         assert state.is_contiguous()
         result = torch.empty(B, 1, inner, dtype=z.dtype, device=device) if out is None else out
-        work = torch.empty(B, inner, dtype=torch.float32, device=device)
+        work = torch.empty(2, B, inner, dtype=torch.float32, device=device)
         few = B * s.groups <= COUNTERS
         mamba2_step_kernel[(s.heads, B)](
             z, xbc, dt, conv, weight, bias, A_log, D, dt_bias, norm, state, positions.contiguous(),
