@@ -186,8 +186,8 @@ def mamba2_step_kernel(
 
     position = tl.load(positions + sequence)
     inputs, ring = xbc + sequence * xbc_row, conv + sequence * (CHANNELS * RING)
-    # By way of memory: a value that is computed and then spread over the rows of S would be loaded anew, all eight inputs of it,
-    # by every thread that needs it.
+    # By way of memory: what is computed and then spread over the rows of S would be loaded anew, all eight inputs of it, by
+    # every thread that needs it.
     own = work + ((tl.num_programs(1) + sequence) * HEADS + head) * P + p
     tl.store(own, convolved(inputs, ring, weight, bias, head * P + p, rows, position, W, RING), mask=rows)
     b = convolved(inputs, ring, weight, bias, HEADS * P + group * N + n, columns, position, W, RING)
