@@ -1,0 +1,106 @@
+"""Steps on a device that the table believes to be a GPU: what the host does around the kernels, which do nothing here.
+
+A graph can be recorded of it only if nothing is read back, every tensor is made on the device, and neither an operation nor
+the grid of a launch depends on a value.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from test_runtime_steps import FORBIDDEN, MAKES, READS, SAMPLED, Recorder
+from torch import Tensor
+
+pytest.importorskip("triton", reason="triton is not installed")
+from triton.runtime import interpreter
+
+from bench.models import SCHEMES, TINY_ARCHITECTURES, empty, make, tiny
+from runtime.kernels import table
+from runtime.steps import Steps, kind_of
+
+CPU, META = torch.device("cpu"), torch.device("meta")
+WITHOUT_STORED_SCALES = ("FP8 blocks", "FP8 tokens")
+
+
+@pytest.fixture(autouse=True)
+def launches(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Every launch: kernel, grid, and the shapes of its tensors."""
+    seen: list[Any] = []
+
+    def run(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        shapes = [(tuple(x.shape), x.device.type) if isinstance(x, Tensor) else x for x in args]
+        seen.append((self.fn.__name__, grid, shapes, sorted(kwargs.items())))
+
+    monkeypatch.setattr(interpreter.InterpretedFunction, "run", run)
+    monkeypatch.setattr(table, "machine", lambda device: table.Machine(90, True))
+    return seen
+
+
+def steps_at(family: str, scheme: str, device: torch.device, length: int) -> Steps:
+    """Steps of two sequences that have `length` tokens; the first step has been made."""
+    model = empty(tiny(family, scheme), device, torch.bfloat16) if device == META else make(tiny(family, scheme), device)
+    found = Steps(model, kind_of(2, SAMPLED, [7], 2), 64)
+    if device != META:
+        found.begin([9, 9], [random.Random(1)] * 2, torch.zeros(2, model.architecture.vocab_size, dtype=torch.bool))
+        found.choose(torch.zeros(2, model.architecture.vocab_size), [length] * 2)
+    found._step()
+    found.keep = model  # type: ignore[attr-defined]
+    return found
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("family", TINY_ARCHITECTURES)
+def test_nothing_is_read_and_nothing_depends_on_the_length(
+    family: str, scheme: str, launches: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work = []
+    for length in (1, 40):
+        steps = steps_at(family, scheme, CPU, length)
+        launches.clear()
+        with monkeypatch.context() as patch, Recorder() as recorder:
+            for owner, names in ((Tensor, READS), (torch, MAKES)):
+                for name in names:
+                    patch.setattr(owner, name, refused(name))
+            steps._step()
+        asked = [name for name, *_ in recorder.seen for word in FORBIDDEN if name.removeprefix("aten.").startswith(word)]
+        assert not asked
+        assert launches
+        work.append((list(recorder.seen), list(launches)))
+    assert work[0] == work[1]
+
+
+def refused(name: str) -> Callable[..., Any]:
+    def refuse(*args: Any, **kwargs: Any) -> Any:
+        raise AssertionError(f"{name} in a step: it waits for the device, or brings something from the host")
+
+    return refuse
+
+
+@pytest.mark.parametrize("scheme", WITHOUT_STORED_SCALES)
+@pytest.mark.parametrize("family", TINY_ARCHITECTURES)
+def test_everything_is_on_the_device(family: str, scheme: str, launches: list[Any]) -> None:
+    steps = steps_at(family, scheme, META, 5)
+    launches.clear()
+    with Recorder() as recorder:
+        steps._step()
+    places = {x[1] for _, *what in recorder.seen for x in what if isinstance(x, tuple)}
+    places |= {x[1] for _, _, shapes, _ in launches for x in shapes if isinstance(x, tuple)}
+    assert places == {"meta"}
+
+
+@pytest.mark.parametrize("scheme", WITHOUT_STORED_SCALES)
+@pytest.mark.parametrize("family", TINY_ARCHITECTURES)
+def test_prompts_stay_on_the_device(family: str, scheme: str) -> None:
+    """Ragged, in two pieces, in rows of a larger state: an operation between two devices would fail."""
+    model = empty(tiny(family, scheme), META, torch.bfloat16)
+    state = model.new_state(4, 300).first(2)
+    ids = torch.zeros(2, 200, dtype=torch.int64)
+    for counts in ([200, 90], [3, 0]):
+        hidden = model.hidden(ids[:, : max(counts)], state, counts)
+        assert hidden.device == META
+    assert model.logits(hidden[:, -1]).shape == (2, model.architecture.vocab_size)
+    assert state.lengths == [203, 90]
