@@ -38,10 +38,13 @@ from runtime.format import FP8_MAX, module_tensors
 from runtime.kernels.cases import Case, ExpertCase, make_inputs, make_tensors
 
 TOLERANCE = 5e-4  # of the largest result: tensor cores truncate where they add
+MANY_TOLERANCE = 0.02  # inputs, weights and results in bfloat16
 ROTATED = 256 * 10**6  # bytes that a timing goes through before it repeats; the L2 cache of an H200 has 60 MB
 REPLAYS = 30
 SPLITS = (1, 2, 3)
 PREFILL_M = 4096
+TIMED = 40  # steps
+BATCHES = (1, 8, 32)  # powers of two
 PLACES = 1024  # tokens that a sequence has while decoding is timed
 
 
@@ -96,7 +99,7 @@ def kernels() -> Iterator[tuple[str, ModuleType]]:
     for name in modules():
         with contextlib.suppress(ImportError):
             module = importlib.import_module(f"runtime.kernels.{name}")
-            if hasattr(module, "CASES"):
+            if getattr(module, "CASES", ()):
                 yield name, module
 
 
@@ -227,7 +230,29 @@ def check_rows(bench: Bench) -> list[Row]:
     if bench.quick:
         found = [pair for pair in found if pair[1] is pair[0].CASES[0]]
     rows = [Row(label(kernel, case), 12 if case.tiny else 5, run(kernel, case)) for kernel, case in found]
-    return [*(Row(f"import of {name}", 1, imported(name)) for name in modules()), *rows]
+    many = [Row(f"{name}: many tokens", 10, many_tokens(kernel)) for name, kernel in kernels() if is_linear(kernel.CASES[0])]
+    return [*(Row(f"import of {name}", 1, imported(name)) for name in modules()), *rows, *many]
+
+
+def many_tokens(kernel: ModuleType) -> Callable[[Bench], Iterator[Line]]:
+    """Layers of the tiny cases as prefill runs them, whatever does; what they take is rounded to bfloat16."""
+
+    def run(bench: Bench) -> Iterator[Line]:
+        cases = [case for case in kernel.CASES if case.tiny]
+        for case in cases[:2] if bench.quick else cases:
+            poison(bench.device)
+            layer = quantized_layer(case, bench.device)
+            tensors = {role: parameter.data for role, parameter in layer.named_parameters()}
+            errors = {}
+            for M in (65, 200):
+                x = make_inputs(case, M, bench.device, fresh_seed())
+                expected = kernel.reference(x, case.spec(), tensors)
+                errors[f"M={M}"] = float((layer(x) - expected).abs().max() / expected.abs().max())
+            worst = max(errors, key=lambda at: errors[at] if errors[at] == errors[at] else math.inf)
+            values = {"runs": len(errors), "error": errors[worst], "at": worst}
+            yield Line("check", f"{label(kernel, case)}, many tokens", values, not errors[worst] < MANY_TOLERANCE)
+
+    return run
 
 
 def label(kernel: ModuleType, case: object) -> str:
@@ -362,7 +387,7 @@ def launch_line(kernel: ModuleType, case: Any) -> Callable[[Bench], Iterator[Lin
 def kernel_rows(bench: Bench) -> list[Row]:
     """Every case with a published shape."""
     found = []
-    for _, kernel in kernels():
+    for _, kernel in sorted(kernels(), key=lambda pair: (not is_linear(pair[1].CASES[0]), pair[0])):
         for case in kernel.CASES:
             if case.tiny != bench.quick:
                 continue
@@ -372,9 +397,8 @@ def kernel_rows(bench: Bench) -> list[Row]:
                 found.append(Row(label(kernel, case), 8, expert_line(kernel, case)))
             elif hasattr(kernel, "launch") and hasattr(case, "nbytes"):
                 found.append(Row(label(kernel, case), 3, launch_line(kernel, case)))
-    if bench.quick:
-        return found[:: max(1, len(found) // 4)][:4]
-    return found
+    first = {row.name.partition(":")[0]: row for row in reversed(found)}
+    return list(first.values()) if bench.quick else found
 
 
 # Prefill of one layer
@@ -414,7 +438,7 @@ def quantized_layer(case: Case, device: torch.device) -> torch.nn.Module:
     from runtime.layers import SCHEME_LAYERS
 
     layer = SCHEME_LAYERS[case.scheme](case.spec(), case.bias)
-    for role, tensor in make_tensors(case, device, 0).items():
+    for role, tensor in make_tensors(case, device, fresh_seed()).items():
         setattr(layer, role, torch.nn.Parameter(tensor, requires_grad=False))
     return layer
 
@@ -499,6 +523,34 @@ def on_device(source: Any, target: Any) -> Any:
     return target
 
 
+def shortened(model: Model) -> Model:
+    """The first layers, among them all kinds and formats, and a small vocabulary: the same kernels."""
+    kinds = list(model.architecture["layer_types"])
+    count = next(n for n in range(1, len(kinds) + 1) if {*kinds[:n]} == {*kinds} and n >= 4)
+    count = min(count + 1, len(kinds))
+    changed = {"layer_types": kinds[:count], "num_hidden_layers": count, "vocab_size": 1024}
+    return replace(model, architecture={**model.architecture, **changed})
+
+
+def warm_rows(bench: Bench) -> list[Row]:
+    """Kernels of the published models at their shapes, compiled by several processes; gives no lines."""
+    models = [tiny("nemotron_h", "FP8 blocks")] if bench.quick else PUBLISHED
+
+    def run(model: Model, rows: int | None) -> Callable[[Bench], Iterator[Line]]:
+        def work(bench: Bench) -> Iterator[Line]:
+            found = make(shortened(model), bench.device)
+            if rows is None:
+                prefill_line(model, found, bench)
+            else:
+                steps_in_place(found, rows, bench)._step()
+            yield from ()
+
+        return work
+
+    ways: tuple[int | None, ...] = (1, None) if bench.quick else (1, None, *BATCHES[1:])
+    return [Row(f"{model.name}, {rows or 'prefill'}", 15, run(model, rows)) for rows in ways for model in models]
+
+
 def model_rows(bench: Bench) -> list[Row]:
     """Each published model: prefill, then decoding at batch 1, 8 and 32; memory."""
     models = [tiny("qwen3_5_moe", "FP8 blocks")] if bench.quick else list(PUBLISHED)
@@ -506,7 +558,7 @@ def model_rows(bench: Bench) -> list[Row]:
     def run(model: Model) -> Callable[[Bench], Iterator[Line]]:
         return lambda bench: time_model(model, bench)
 
-    return [Row(model.name, 25, run(model)) for model in models]
+    return [Row(model.name, 20, run(model)) for model in models]
 
 
 def time_model(model: Model, bench: Bench) -> Iterator[Line]:
@@ -517,7 +569,7 @@ def time_model(model: Model, bench: Bench) -> Iterator[Line]:
         found = make(model, device)
     synchronize(device)
     made = time.perf_counter() - began
-    for rows in (1, 2) if bench.quick else (1, 8, 32):
+    for rows in (1, 2) if bench.quick else BATCHES:
         with reported("decode", f"{model.name}, batch {rows}") as failures:
             yield decode_line(model, found, rows, bench)
         yield from failures
@@ -550,17 +602,23 @@ def _one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0] if lines else ''}"[:200]
 
 
-def decode_line(model: Model, found: Any, rows: int, bench: Bench) -> Line:
-    """One step of `rows` sequences that have `PLACES` tokens; and by the host's clock, results received."""
+def steps_in_place(found: Any, rows: int, bench: Bench) -> Any:
+    """Steps of `rows` sequences that have `PLACES` tokens, which hold nothing."""
     from runtime.sampling import Sampling
     from runtime.steps import Steps, kind_of
 
-    device, count = bench.device, 4 if bench.quick else 40
     places = 16 if bench.quick else PLACES
-    steps = Steps(found, kind_of(rows, Sampling()), places + 3 * count + 8)
+    steps = Steps(found, kind_of(rows, Sampling()), places + 3 * TIMED + 8)
     steps.begin([10**6] * rows, [], None)
-    steps.choose(torch.randn(rows, found.architecture.vocab_size, device=device), [places] * rows)
+    steps.choose(torch.randn(rows, found.architecture.vocab_size, device=bench.device), [places] * rows)
     steps.receive()
+    return steps
+
+
+def decode_line(model: Model, found: Any, rows: int, bench: Bench) -> Line:
+    """One step of `rows` sequences that have `PLACES` tokens; and by the host's clock, results received."""
+    device, count = bench.device, 4 if bench.quick else TIMED
+    steps = steps_in_place(found, rows, bench)
     began = time.perf_counter()
     steps.start()
     steps.receive()
@@ -574,7 +632,7 @@ def decode_line(model: Model, found: Any, rows: int, bench: Bench) -> Line:
         steps.start()
         steps.receive()
     clock = (time.perf_counter() - began) / count
-    nbytes = step_bytes(found, rows, places + count)
+    nbytes = step_bytes(found, rows, int(steps.state.places.max()))
     rate = nbytes / step
     graph = device.type == "cuda" and getattr(replay, "__name__", "") != "_step"
     return Line(
@@ -612,12 +670,7 @@ def profile_lines(model: Model, found: Any, bench: Bench, most: int = 12) -> Ite
     """The kernels of one step that take most time, by the profiler, run one by one."""
     from torch.profiler import ProfilerActivity, profile
 
-    from runtime.sampling import Sampling
-    from runtime.steps import Steps, kind_of
-
-    steps = Steps(found, kind_of(1, Sampling()), PLACES + 8)
-    steps.begin([100], [], None)
-    steps.choose(torch.zeros(1, found.architecture.vocab_size, device=bench.device), [PLACES])
+    steps = steps_in_place(found, 1, bench)
     steps._step()
     synchronize(bench.device)
     with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as profiled:
@@ -637,7 +690,7 @@ def profile_lines(model: Model, found: Any, bench: Bench, most: int = 12) -> Ite
 def load_rows(bench: Bench) -> list[Row]:
     """A checkpoint of a true size on disk, in the page cache: rates, then a process from its start to the first token."""
     model = tiny("qwen3_5", "FP8 blocks") if bench.quick else PUBLISHED[0]
-    return [Row(f"load {model.name}", 75, lambda bench: time_loading(model, bench))]
+    return [Row(f"load {model.name}", 50, lambda bench: time_loading(model, bench))]
 
 
 def time_loading(model: Model, bench: Bench) -> Iterator[Line]:
@@ -727,11 +780,12 @@ def start_process(folder: str, device: torch.device) -> dict[str, float]:
 
 PARTS: Mapping[str, Part] = {
     "bandwidth": Part(bandwidth_rows, 0.1),
-    "check": Part(check_rows, 0.3, workers=8),
-    "logits": Part(logits_rows, 0.38, workers=6),
-    "decode": Part(model_rows, 0.72),
-    "load": Part(load_rows, 0.88),
-    "kernels": Part(kernel_rows, 0.97),
+    "check": Part(check_rows, 0.32, workers=12),
+    "logits": Part(logits_rows, 0.40, workers=8),
+    "warm": Part(warm_rows, 0.48, workers=12),
+    "decode": Part(model_rows, 0.74),
+    "kernels": Part(kernel_rows, 0.86),
+    "load": Part(load_rows, 0.97),
     "prefill": Part(gemm_rows, 1.0),
 }
 

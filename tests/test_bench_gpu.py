@@ -153,7 +153,8 @@ def test_check_counts_nan_as_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_rows, "kernels", lambda: [("fp8_linear", fp8_linear)])
     monkeypatch.setattr(gpu_rows, "error_of", lambda *args: next(errors))
     bench = Bench(CPU)
-    lines = [line for row in gpu_rows.check_rows(bench) for line in row.run(bench)]
+    rows = [row for row in gpu_rows.check_rows(bench) if not row.name.endswith("many tokens")]
+    lines = [line for row in rows for line in row.run(bench)]
     assert len(lines) == len(fp8_linear.CASES)
     assert all(line.failed for line in lines)
     assert lines[0].values["at"] == "M=2"
