@@ -33,17 +33,22 @@ class Inventory:
                     name = name.rpartition(".")[0]
         self._sorted = sorted(self._names)
         self._spelt: dict[bool, list[str]] = {}
+        self._each: set[str] | None = None
 
     def has(self, name: str) -> bool:
         """Whether a canonical name means something."""
-        if name in self._names:
-            return True
-        segments = name.split(".")
-        for at, segment in enumerate(segments):
-            if segment.isdecimal() and (container := ".".join(segments[:at])) in self._stacks:
-                count, below = self._stacks[container]
-                return int(segment) < count and ".".join(segments[at + 1 :]) in below
-        return False
+        return name in self._names or name in self._experts()
+
+    def _experts(self) -> set[str]:
+        """The names of all experts, and below them; made when first asked for, because few lists need them."""
+        if self._each is None:
+            self._each = {
+                f"{container}.{expert}{rest}"
+                for container, (count, below) in self._stacks.items()
+                for rest in [f".{last}" if last else "" for last in below]
+                for expert in range(count)
+            }
+        return self._each
 
     def begins(self, head: str) -> bool:
         """Whether a name begins with `head`, or would below one of the experts."""

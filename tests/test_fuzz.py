@@ -23,6 +23,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import convert.limits
+from convert.source import parse_json
 
 CORPUS = sorted(fuzz.CORPUS.glob("*.safetensors"))
 SHARED = HealthCheck.function_scoped_fixture
@@ -213,3 +214,44 @@ def test_empty_words_are_shown(empty: str, tmp_path: Path) -> None:
     edit_json(tmp_path / "in" / "config.json", lambda c: (
         c if empty in c else c["quantization_config"]).update({empty: ""}))  # fmt: skip
     fuzz.run_cli("inspect", tmp_path / "in")
+
+
+class Pairs(list[Any]):
+    """An object as its pairs, in which a key may stand twice."""
+
+
+VALUES = st.recursive(
+    st.one_of(st.integers(0, 9), st.booleans(), st.none(), st.text('ab":\\{', max_size=3)),
+    lambda inner: st.lists(inner, max_size=3) | st.lists(st.tuples(st.text('ab":', max_size=2), inner), max_size=4).map(Pairs),
+    max_leaves=12,
+)
+
+
+def written(value: Any, escaped: bool) -> str:
+    """A value as JSON."""
+    if isinstance(value, Pairs):
+        return "{" + ", ".join(f"{json.dumps(k, ensure_ascii=escaped)} :{written(v, escaped)}" for k, v in value) + "}"
+    if isinstance(value, list):
+        return "[" + ",".join(written(v, escaped) for v in value) + "]"
+    return json.dumps(value, ensure_ascii=escaped)
+
+
+def repeats(value: Any) -> bool:
+    """Whether a key stands twice in an object, at any depth."""
+    if not isinstance(value, list):
+        return False
+    if isinstance(value, Pairs):
+        return len({k for k, _ in value}) < len(value) or any(repeats(v) for _, v in value)
+    return any(map(repeats, value))
+
+
+@FUZZED
+@given(VALUES, st.booleans())
+def test_keys_given_twice_in_configs(value: Any, escaped: bool) -> None:
+    """Refused wherever they are, however they are written; everything else is read as the standard library reads it."""
+    text = written(Pairs([("k", value)]), escaped).encode()
+    if repeats(value):
+        with pytest.raises(convert.ConvertError, match="duplicate key"):
+            parse_json(text, "config.json")
+    else:
+        assert parse_json(text, "config.json") == json.loads(text)
