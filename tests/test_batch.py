@@ -196,10 +196,14 @@ def test_interrupted(sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
         if len(started) == 2:
             os.kill(os.getpid(), signal.SIGINT)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(batch, "COMMAND", HANGING + batch.COMMAND)
-        with pytest.raises(KeyboardInterrupt):
-            convert.convert_batch(jobs, processes=2, report=tmp_path / "report.json", progress=interrupt)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # which a background shell ignores
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(batch, "COMMAND", HANGING + batch.COMMAND)
+            with pytest.raises(KeyboardInterrupt):
+                convert.convert_batch(jobs, processes=2, report=tmp_path / "report.json", progress=interrupt)
+    finally:
+        signal.signal(signal.SIGINT, before)
     report = json.loads((tmp_path / "report.json").read_text())
     assert states(report) == [("interrupted", 130), ("interrupted", 130), ("waiting", None)]
     assert report["exit_code"] == 130
