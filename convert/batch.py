@@ -376,6 +376,9 @@ def convert_batch(
             raise
         finally:
             pool.shutdown()
+    except KeyboardInterrupt:
+        done = sum(run.exit_code == 0 for run in runs)
+        raise KeyboardInterrupt(f"{done} of {len(runs)} jobs are done: run again with --resume for the others") from None
     except OSError as error:
         where = str(error.filename or report)
         raise MachineError(

@@ -153,6 +153,7 @@ def emit(value: Any) -> None:
     click.echo(json.dumps(value, indent=2, ensure_ascii=True))
 
 
+SHOWN_RUNNING = 3  # jobs beside the bar of a batch
 ENGINES = click.Choice(["threads", "ray"])
 HELP = {"help_option_names": ["-h", "--help"]}
 CONTEXT = {**HELP, "auto_envvar_prefix": "QCONVERT"}  # for every command alike: --shard-size from QCONVERT_SHARD_SIZE
@@ -435,24 +436,26 @@ def batch_display(jobs: int, log: Events) -> Iterator[Callable[[JobRun], None]]:
     from tqdm import tqdm
 
     with tqdm(
-        total=jobs, unit="job", desc="batch", leave=False, disable=log.lines or not sys.stderr.isatty(),
-        bar_format="{desc}: {n_fmt}/{total_fmt} jobs |{bar}| {elapsed}{postfix}",
+        total=jobs, leave=False, disable=log.lines or not sys.stderr.isatty(),
+        bar_format="{desc} |{bar}| {elapsed}<{remaining}{postfix}",
     ) as bar:  # fmt: skip
         running: dict[str, JobRun] = {}
         ended: list[JobRun] = []
 
         def show(run: JobRun) -> None:
             facts = {"in": run.job.source, "out": run.job.out, "state": run.state}
+            log.emit("job", **facts, exit_code=run.exit_code, bytes=run.written_bytes, total_bytes=run.total_bytes)
             running[run.job.out] = run
             if run.exit_code is not None:
                 del running[run.job.out]
                 ended.append(run)
-                bar.update()
                 if not log.lines:
                     bar.write(f"[{len(ended)}/{jobs}] {_job_line(run)}", file=sys.stderr)
-            log.emit("job", **facts, exit_code=run.exit_code, bytes=run.written_bytes, total_bytes=run.total_bytes)
+            bar.n = len(ended) + sum(r.written_bytes / r.total_bytes for r in running.values() if r.total_bytes)
+            bar.set_description_str(f"{len(ended)}/{jobs} jobs", refresh=False)
             written = human(sum(r.written_bytes for r in (*running.values(), *ended)))
-            bar.set_postfix_str(f"{written}; " + ", ".join(_percent(r) for r in running.values()))
+            first = [_percent(r) for r in list(running.values())[:SHOWN_RUNNING]]
+            bar.set_postfix_str(", ".join([written, *first, *(["..."] if len(running) > SHOWN_RUNNING else [])]))
 
         yield show
 

@@ -200,7 +200,7 @@ def test_interrupted(sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     try:
         with monkeypatch.context() as patch:
             patch.setattr(batch, "COMMAND", HANGING + batch.COMMAND)
-            with pytest.raises(KeyboardInterrupt):
+            with pytest.raises(KeyboardInterrupt, match="0 of 3 jobs are done: run again with --resume"):
                 convert.convert_batch(jobs, processes=2, report=tmp_path / "report.json", progress=interrupt)
     finally:
         signal.signal(signal.SIGINT, before)
