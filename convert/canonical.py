@@ -14,7 +14,7 @@ from runtime.format import CONFIG_FILE, INDEX_FILE, REPORT_FILE, CanonicalConfig
 from .errors import ConvertError, Problem, UsageError
 from .families import FAMILIES
 from .families.base import Family, Parameter, Placed, expand, open_items, present_layers
-from .source import TensorInfo, read_header, read_json, regular_file
+from .source import AnyPath, Location, TensorInfo, each, located, read_header, read_json, regular_file
 
 AGAIN = "the checkpoint is damaged: run qconvert IN OUT again"
 
@@ -26,12 +26,19 @@ class Canonical:
     tensors  name -> where it is stored     placed  every module and parameter that its family says it has
     """
 
-    directory: Path
+    directory: AnyPath
     config: CanonicalConfig
     family: Family
     files: tuple[str, ...]
     tensors: dict[str, TensorInfo]
     placed: tuple[Placed, ...]
+
+    @property
+    def folder(self) -> Path:
+        """The directory of a checkpoint that is on this machine.  Raises `UsageError` for another."""
+        if isinstance(self.directory, Path):
+            return self.directory
+        raise UsageError(Problem(str(self.directory), "", "a directory of this machine", "a URL", "fetch the checkpoint first"))
 
 
 @contextmanager
@@ -43,7 +50,7 @@ def malformed(what: str) -> Iterator[None]:
         raise ConvertError(Problem(what, "", "a canonical checkpoint", f"malformed values ({error!r})", AGAIN)) from None
 
 
-def _read_config(directory: Path) -> CanonicalConfig:
+def _read_config(directory: AnyPath) -> CanonicalConfig:
     value = read_json(regular_file(directory, CONFIG_FILE), CONFIG_FILE)
     try:
         return CanonicalConfig.from_json(value)
@@ -52,7 +59,7 @@ def _read_config(directory: Path) -> CanonicalConfig:
         raise ConvertError(Problem(CONFIG_FILE, place, expected, found, remedy)) from None
 
 
-def _read_index(directory: Path) -> dict[str, str]:
+def _read_index(directory: AnyPath) -> dict[str, str]:
     index = read_json(regular_file(directory, INDEX_FILE), INDEX_FILE).get("weight_map")
     good = isinstance(index, dict) and all(map(_is_file_name, index.values()))
     if not good or not index:
@@ -112,19 +119,20 @@ def _problems(config: CanonicalConfig, tensors: dict[str, TensorInfo], placed: l
                     yield Problem(info.file, info.name, f"a tensor of {list(shape)}", f"{list(info.shape)}", AGAIN)
 
 
-def open_canonical(out_dir: str | os.PathLike[str]) -> Canonical:
+def open_canonical(out_dir: Location) -> Canonical:
     """Read headers, index and config of a canonical checkpoint; no tensor data.
 
     Raises `ConvertError` when it is none, is incomplete, or its parts contradict each other; `UsageError` when there is no
     such directory.
     """
-    directory = Path(out_dir)
+    directory = located(out_dir)
     if not directory.is_dir():
         raise UsageError(Problem(str(out_dir), "", "a canonical checkpoint", "no directory", "run qconvert IN OUT first"))
     config = _read_config(directory)
     index = _read_index(directory)
     files = tuple(sorted(set(index.values())))
-    tensors = {info.name: info for file in files for info in read_header(regular_file(directory, file), file)}
+    headers = each(directory, lambda file: read_header(regular_file(directory, file), file), files)
+    tensors = {info.name: info for header in headers for info in header}
     for name in sorted({*tensors, *index}):
         stored = tensors[name].file if name in tensors else "no file"
         if index.get(name) != stored:
@@ -152,7 +160,7 @@ def open_canonical(out_dir: str | os.PathLike[str]) -> Canonical:
     return Canonical(directory, config, family, files, tensors, tuple(placed))
 
 
-def read_report(directory: Path) -> dict[str, Any]:
+def read_report(directory: AnyPath) -> dict[str, Any]:
     """`conversion.json`, or an empty one when there is none.  Raises `ConvertError` when it is damaged."""
     if not (directory / REPORT_FILE).exists():
         return {}

@@ -320,9 +320,11 @@ def _print_report(report: Report, out_dir: str, as_json: bool) -> None:
 @click.option("--tensors", is_flag=True, help="List every stored tensor; with --json as tensor_list.")
 @json_option("Print everything as JSON (docs/inspect.md).")
 @click.option("--html", "html_file", metavar="FILE", type=click.Path(dir_okay=False), help="Write one self-contained page.")
-@click.option("--values/--no-values", default=True, show_default=True, help="Read scales too, not headers and configs alone.")
+@click.option(
+    "--values/--no-values", default=None, help="Read scales too, not headers and configs alone; default: of a directory, yes."
+)
 @log_option
-def inspect_command(directory: str, tensors: bool, as_json: bool, html_file: str | None, values: bool) -> None:
+def inspect_command(directory: str, tensors: bool, as_json: bool, html_file: str | None, values: bool | None) -> None:
     """Say what the checkpoint in DIR is: producer, family, schemes, sizes, and what is wrong with it.
 
     DIR may be any checkpoint: one to convert, a canonical one, or one that is refused (exit code 1, with the reasons).

@@ -1,7 +1,8 @@
 """Moves byte ranges from the files of IN into a file of OUT, in the cheapest way that both file systems offer.
 
 In this order: cloning (FICLONERANGE: no bytes move, the files share their blocks) where source and target agree modulo the
-block size; `copy_file_range` on network file systems, whose server then copies; reading and writing otherwise.
+block size; `copy_file_range` on network file systems, whose server then copies; reading and writing otherwise, which is the
+only way of what comes from a URL (`remote`).
 
 What is read and written passes through buffers that are looked at on the way (values checked, digests taken) while they are in
 the core's cache, and written by other threads past the page cache (O_DIRECT) where the file system can: the disk takes them
@@ -20,15 +21,16 @@ import os
 import struct
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 
-from .errors import MachineError, Problem
-from .layout import BLOCK, LARGE
+from .errors import changed as changed
+from .layout import BLOCK, LARGE, Range
+from .remote import ReadAhead, RemotePath, remotes
 from .source import SourceFile
 
 PIECE = 1 << 20  # bytes that are read at once: they stay in the caches while they are looked at
@@ -48,13 +50,6 @@ NOT_POSSIBLE = frozenset(
 Look = Callable[[memoryview], object]  # called with the bytes of a range in pieces; raises when they must not be copied
 
 
-def changed(file: str) -> MachineError:
-    """The error of a source that is no longer what was planned."""
-    return MachineError(
-        Problem(file, "", "the file as it was when planning", "one that changed meanwhile", "convert again when it is stable")
-    )
-
-
 @dataclass(slots=True)
 class _Open:
     """One open file of IN, and which ways of copying from it to OUT are still worth a try."""
@@ -63,6 +58,7 @@ class _Open:
     name: str
     clone: bool = sys.platform == "linux"
     server: bool = sys.platform == "linux"
+    remote: RemotePath | None = None
 
 
 class Sources:
@@ -78,18 +74,29 @@ class Sources:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         for opened in self._open.values():
-            os.close(opened.descriptor)
+            if opened.remote is None:
+                os.close(opened.descriptor)
+        for remote in remotes(file.path for file in self._files.values()):
+            remote.close()
 
     def opened(self, name: str) -> _Open:
         """A file of IN, opened when it is first needed."""
         with self._lock:
             if name not in self._open:
-                self._open[name] = _Open(os.open(self._files[name].path, os.O_RDONLY), name)
+                path = self._files[name].path
+                if isinstance(path, RemotePath):
+                    self._open[name] = _Open(-1, name, clone=False, server=False, remote=path)
+                else:
+                    self._open[name] = _Open(os.open(path, os.O_RDONLY), name)
             return self._open[name]
 
     def read_into(self, view: memoryview, name: str, start: int) -> None:
         """Fill `view` with the bytes of a file from `start` on."""
-        descriptor = self.opened(name).descriptor
+        opened = self.opened(name)
+        if opened.remote is not None:
+            opened.remote.read_into(view, start)
+            return
+        descriptor = opened.descriptor
         while view:
             try:
                 count = os.preadv(descriptor, [view], start)
@@ -106,6 +113,25 @@ class Sources:
         self.read_into(memoryview(buffer), name, start)
         return bytes(buffer)
 
+    def read_all(self, ranges: Iterable[Range]) -> Iterator[bytes]:
+        """The bytes of many small ranges, in order; several at a time where they come over a network."""
+        for remote in remotes(file.path for file in self._files.values()):
+            yield from remote.map(lambda part: self.read(*part), ranges)
+            return
+        yield from (self.read(*part) for part in ranges)
+
+    @contextmanager
+    def ahead(self, ranges: Iterable[Range], stop: threading.Event | None = None) -> Iterator[Sources]:
+        """These files for one thread that will read `ranges` in this order: over a network, the next ones come beforehand."""
+        for remote in remotes(file.path for file in self._files.values()):
+            reader = ReadAhead(remote, ranges, stop)
+            try:
+                yield _Ahead(self, reader)
+            finally:
+                reader.close()
+            return
+        yield self
+
     def pieces(self, scratch: memoryview, name: str, start: int, end: int) -> Iterator[memoryview]:
         """Bytes [start, end) of a file, a part of `scratch` at a time."""
         while start < end:
@@ -113,6 +139,21 @@ class Sources:
             self.read_into(view, name, start)
             yield view
             start += len(view)
+
+
+class _Ahead(Sources):
+    """Remote files that are read ahead."""
+
+    def __init__(self, sources: Sources, reader: ReadAhead) -> None:
+        self._sources, self._reader = sources, reader
+
+    def opened(self, name: str) -> _Open:
+        """See `Sources`."""
+        return self._sources.opened(name)
+
+    def read_into(self, view: memoryview, name: str, start: int) -> None:
+        """See `Sources`."""
+        self._reader.read_into(view, name, start)
 
 
 def try_clone(source: int, target: int, start: int, at: int, count: int) -> bool:

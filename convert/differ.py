@@ -26,7 +26,8 @@ from .dequantize import E2M1, E4M3, dequantize_rows
 from .digests import file_digest
 from .errors import ConvertError
 from .planner import plan_source
-from .source import ADAPTER_WEIGHTS, REPLACED, Source, read_json, read_source, regular_file
+from .remote import RemotePath
+from .source import ADAPTER_WEIGHTS, REPLACED, AnyPath, Location, Source, located, read_json, read_source, regular_file
 from .view import Range, View, view_canonical, view_plan, view_stored
 
 Array = NDArray[Any]
@@ -47,7 +48,7 @@ class Side:
     kind: str
     names: set[str]
     facts: dict[str, Any]
-    side_files: Mapping[str, Path]
+    side_files: Mapping[str, AnyPath]
 
 
 @dataclass(slots=True)
@@ -94,16 +95,17 @@ def _facts(config: CanonicalConfig) -> dict[str, Any]:
     return facts
 
 
-def _is_canonical(directory: Path) -> bool:
+def _is_canonical(directory: AnyPath) -> bool:
     try:
         return read_json(regular_file(directory, CONFIG_FILE), CONFIG_FILE).get("format") == FORMAT
     except (OSError, ConvertError):
         return False  # reading it as a source says what is wrong
 
 
-def _canonical_side(directory: Path) -> Side:
-    canonical = open_canonical(directory)
-    files = {}
+def _canonical_side(place: AnyPath) -> Side:
+    canonical = open_canonical(place)
+    directory = canonical.folder
+    files: dict[str, AnyPath] = {}
     for path in sorted(directory.rglob("*")):
         name = path.relative_to(directory).as_posix()
         own = name in REPLACED or path.suffix == ".safetensors" or name.startswith(("adapter/", "."))
@@ -123,13 +125,17 @@ def _stored_side(source: Source) -> Side:
     return Side(view, "source", set(source.tensors), facts, source.side_files)
 
 
-def _sides(*given: str | os.PathLike[str]) -> tuple[Side, Side, str]:
+def _sides(*given: Location) -> tuple[Side, Side, str]:
     """Both sides, and how they are compared: under canonical names, or as they are stored when one is refused."""
-    sources = [None if _is_canonical(Path(directory)) else read_source(directory) for directory in given]
+    places = [located(place) for place in given]
+    sources = [
+        None if _is_canonical(place) else read_source(place if isinstance(place, RemotePath) else named)
+        for place, named in zip(places, given, strict=True)
+    ]
     try:
         sides = [
-            _canonical_side(Path(directory)) if source is None else _planned_side(source)
-            for directory, source in zip(given, sources, strict=True)
+            _canonical_side(place) if source is None else _planned_side(source)
+            for place, source in zip(places, sources, strict=True)
         ]
     except ConvertError:
         stored = [_stored_side(source) for source in sources if source is not None]
@@ -161,6 +167,13 @@ def _codes_and_values(data: memoryview, dtype: str, packed: bool) -> tuple[Array
     return codes, codes.view(f"<{kind}{DTYPE_BYTES[dtype]}").astype(np.float64)
 
 
+def _same_file(a: AnyPath, b: AnyPath) -> bool:
+    """Whether two paths are known to be one file, or to hold the same, without reading them."""
+    if isinstance(a, RemotePath) and isinstance(b, RemotePath):
+        return a.sha256 is not None and a.sha256 == b.sha256
+    return isinstance(a, Path) and isinstance(b, Path) and os.path.samefile(a, b)
+
+
 def _same_bytes(a: View, b: View, name: str, known: dict[tuple[str, str], bool]) -> bool:
     """Whether both tensors are the very same bytes of the very same files, so that nothing has to be read."""
     ours, theirs = a.segments(name), b.segments(name)
@@ -171,7 +184,7 @@ def _same_bytes(a: View, b: View, name: str, known: dict[tuple[str, str], bool])
             return False
         pair = (one.file, other.file)
         if pair not in known:
-            known[pair] = os.path.samefile(a.files[one.file].path, b.files[other.file].path)
+            known[pair] = _same_file(a.files[one.file].path, b.files[other.file].path)
         if not known[pair]:
             return False
     return True
@@ -317,7 +330,7 @@ def _compare_files(a: Side, b: Side) -> Iterator[dict[str, Any]]:
         ours, theirs = a.side_files.get(name), b.side_files.get(name)
         if ours is not None and theirs is not None:
             same_size = ours.stat().st_size == theirs.stat().st_size
-            if os.path.samefile(ours, theirs) or (same_size and file_digest(ours) == file_digest(theirs)):
+            if _same_file(ours, theirs) or (same_size and file_digest(ours) == file_digest(theirs)):
                 continue
         what = "differs" if ours is not None and theirs is not None else "only in A" if ours is not None else "only in B"
         matters = name != ADAPTER_WEIGHTS and any(fnmatch.fnmatchcase(name, pattern) for pattern in MEANINGFUL)
@@ -325,7 +338,7 @@ def _compare_files(a: Side, b: Side) -> Iterator[dict[str, Any]]:
 
 
 def diff_checkpoints(
-    a: str | os.PathLike[str], b: str | os.PathLike[str], *, values: bool = True
+    a: Location, b: Location, *, values: bool = True
 ) -> Difference:
     """What differs between two checkpoints, sources or canonical ones, in tensors and meaning.
 

@@ -15,6 +15,9 @@ from typing import Protocol
 
 from blake3 import blake3
 
+from .remote import PIECE as REMOTE_PIECE
+from .remote import RemotePath
+
 TensorDigest = blake3  # what tensors are hashed with
 PIECE = 256 << 10  # stays in the cache of a core between reading and hashing
 
@@ -60,9 +63,24 @@ def range_digests(
     return found
 
 
-def file_digest(path: Path, stop: threading.Event | None = None) -> str:
+def file_digest(path: Path | RemotePath, stop: threading.Event | None = None) -> str:
     """SHA-256 of a file, hexadecimal."""
+    if isinstance(path, RemotePath):
+        digest = hashlib.sha256()
+        with path.open() as stream:
+            while data := stream.read(REMOTE_PIECE):
+                digest.update(data)
+        return digest.hexdigest()
     return range_digests(path, [(0, path.stat().st_size)], stop=stop)[0]
+
+
+def source_digest(path: Path | RemotePath, stop: threading.Event | None = None) -> str | None:
+    """SHA-256 of a file of weights of IN.  Of a remote one, what its server publishes, or None.
+
+    Conversion reads a file in the order of the model, and SHA-256 takes its order in the file: computing it would move
+    everything over the network a second time.
+    """
+    return path.sha256 if isinstance(path, RemotePath) else file_digest(path, stop)
 
 
 def text_digest(text: str) -> str:

@@ -53,6 +53,17 @@ class UsageError(ConvertError):
 
 
 class MachineError(ConvertError):
-    """The machine failed: disk full, I/O error, a source that changed while it was read."""
+    """The machine failed: disk full, I/O error, a network that is down, a source that changed while it was read."""
 
     exit_code = 3
+
+
+class NetworkError(MachineError):
+    """A server does not answer, or not well; what was done so far may be continued."""
+
+
+def changed(file: str) -> MachineError:
+    """The error of a source that is no longer what was planned."""
+    return MachineError(
+        Problem(file, "", "the file as it was when planning", "one that changed meanwhile", "convert again when it is stable")
+    )

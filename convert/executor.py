@@ -22,15 +22,26 @@ from typing import Any
 from runtime.format import CONFIG_FILE, INDEX_FILE, REPORT_FILE
 
 from .copying import Look, Sources, Target, Writers, can_clone, changed
-from .digests import TensorDigest, file_digest
+from .digests import TensorDigest, file_digest, source_digest
 from .errors import ConvertError, MachineError, Problem
 from .json_files import sealed, write_json
 from .layout import copied_ranges, data_residue
 from .ops import Step
 from .plan import Plan
 from .planner import plan_source
+from .remote import PIECE, RemotePath
 from .safetensors_writer import header_bytes
-from .source import ADAPTER_CONFIG, ADAPTER_WEIGHTS, QUANT_FILE, Source, read_json, read_source
+from .source import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    QUANT_FILE,
+    AnyPath,
+    Location,
+    Source,
+    located,
+    read_json,
+    read_source,
+)
 from .staging import Staging, check_target, staged, sync_file, tidy
 from .values import STREAMED_CHECKS, Codes, Values
 
@@ -95,7 +106,7 @@ def plan_digest(plan: Plan, shards: Iterable[Shard]) -> str:
     return digest.hexdigest()
 
 
-def _identity(path: Path) -> Identity:
+def _identity(path: AnyPath) -> Identity:
     status = path.stat()
     return (status.st_size, status.st_mtime_ns, status.st_ino)
 
@@ -112,6 +123,8 @@ def identities(source: Source) -> dict[str, Identity]:
 
 def _check_unchanged(source: Source, before: Mapping[str, Identity]) -> None:
     """Raise `MachineError` when a file of IN is not the one that was planned."""
+    if isinstance(source.directory, RemotePath):
+        source.directory.refresh()
     for name, identity in before.items():
         file = source.files.get(name)
         path = file.path if file else source.side_files.get(name, source.directory / name)
@@ -145,17 +158,18 @@ class Run:
             return
         zeros = 0
         digests: dict[str, str] = {}
-        target = Target(self.staging.path / shard.name, self.sources, self.progress, self.stop, self.writers)
-        try:
-            target.write(shard.header)
-            for step in shard.steps:
-                digest = TensorDigest() if self.hashes else None
-                zeros += self._write_step(step, target, digest)
-                if digest is not None:
-                    digests[step.name] = digest.hexdigest()
-            target.finish()
-        finally:
-            target.close()
+        with self.sources.ahead(self.values.ranges(shard.steps), self.stop) as sources:
+            target = Target(self.staging.path / shard.name, sources, self.progress, self.stop, self.writers)
+            try:
+                target.write(shard.header)
+                for step in shard.steps:
+                    digest = TensorDigest() if self.hashes else None
+                    zeros += self._write_step(step, target, digest, sources)
+                    if digest is not None:
+                        digests[step.name] = digest.hexdigest()
+                target.finish()
+            finally:
+                target.close()
         facts = {
             "header_sha256": hashlib.sha256(shard.header).hexdigest() if self.hashes else None,
             "tensors_blake3": digests if self.hashes else None,
@@ -163,12 +177,12 @@ class Run:
         with self.noting:
             self.staging.completed(shard.name, zeros=zeros, digests=facts)
 
-    def _write_step(self, step: Step, target: Target, digest: TensorDigest | None) -> int:
+    def _write_step(self, step: Step, target: Target, digest: TensorDigest | None, sources: Sources) -> int:
         tensors = self.plan.source.tensors
         codes = Codes(step, tensors, self.sources) if step.check in STREAMED_CHECKS else None
         ranges = copied_ranges(step, tensors)
         if ranges is None:
-            for data in self.values.computed(step, codes):
+            for data in self.values.computed(step, codes, sources):
                 if digest is not None:
                     digest.update(data)
                 target.write(data)
@@ -183,7 +197,11 @@ class Run:
         for relative, path in self.plan.source.side_files.items():
             target = self.staging.path / relative
             target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, target)
+            if isinstance(path, RemotePath):
+                with path.open() as stream, target.open("wb") as copy:
+                    shutil.copyfileobj(stream, copy, PIECE)
+            else:
+                shutil.copyfile(path, target)
             sync_file(target)
 
     def write_adapters(self) -> list[str]:
@@ -192,14 +210,16 @@ class Run:
         for adapter in self.plan.adapters:
             folder = self.staging.path / adapter.directory
             folder.mkdir(parents=True, exist_ok=True)
-            target = Target(folder / ADAPTER_WEIGHTS, self.sources, lambda _: None, self.stop, self.writers)
-            try:
-                target.write(header_bytes((name, i.dtype, i.shape, i.end - i.start) for name, i in adapter.tensors))
-                for _, info in adapter.tensors:
-                    target.copy(info.file, info.start, info.end)
-                target.finish()
-            finally:
-                target.close()
+            ranges = [(info.file, info.start, info.end) for _, info in adapter.tensors]
+            with self.sources.ahead(ranges, self.stop) as sources:
+                target = Target(folder / ADAPTER_WEIGHTS, sources, lambda _: None, self.stop, self.writers)
+                try:
+                    target.write(header_bytes((name, i.dtype, i.shape, i.end - i.start) for name, i in adapter.tensors))
+                    for part in ranges:
+                        target.copy(*part)
+                    target.finish()
+                finally:
+                    target.close()
             write_json(folder / ADAPTER_CONFIG, dict(adapter.config))
             written += [f"{adapter.directory}/{name}" for name in (ADAPTER_WEIGHTS, ADAPTER_CONFIG)]
         return written
@@ -230,7 +250,7 @@ def _execute(run: Run, shards: list[Shard], workers: int, digest: str, before: M
     pool, hasher = ThreadPoolExecutor(workers), ThreadPoolExecutor(workers)
     try:
         zeros = run.values.check(plan)
-        inputs = {f.name: hasher.submit(file_digest, f.path, run.stop) for f in source.files.values()} if run.hashes else {}
+        inputs = {f.name: hasher.submit(source_digest, f.path, run.stop) for f in source.files.values()} if run.hashes else {}
         written = [pool.submit(run.write_shard, shard) for shard in shards]
         done, _ = wait(written, return_when=FIRST_EXCEPTION)
         for future in done:
@@ -246,7 +266,7 @@ def _execute(run: Run, shards: list[Shard], workers: int, digest: str, before: M
 
 
 def complete(
-    run: Run, shards: list[Shard], zeros: int, inputs: Mapping[str, str], digest: str, before: Mapping[str, Identity]
+    run: Run, shards: list[Shard], zeros: int, inputs: Mapping[str, str | None], digest: str, before: Mapping[str, Identity]
 ) -> Report:
     """Write all but the tensors, which the staging directory has: side files, adapters, index, config, the report at last.
 
@@ -305,7 +325,7 @@ def default_workers() -> int:
 
 
 def convert_checkpoint(
-    in_dir: str | os.PathLike[str],
+    in_dir: Location,
     out_dir: str | os.PathLike[str],
     *,
     workers: int | None = None,
@@ -316,8 +336,9 @@ def convert_checkpoint(
     hashes: bool = True,
     progress: Callable[[int, int], None] | None = None,
 ) -> Report:
-    """Convert a checkpoint directory into a canonical one.
+    """Convert a checkpoint into a canonical one.
 
+    in_dir      a directory, or a URL: `hf://org/name[@revision]`, `s3://...` and whatever else fsspec reads, which is streamed
     workers     threads that write shards; default `default_workers()`
     shard_size  bytes of data per output file; None for the files of IN where they serve (`layout.pack`)
     force       replace a non-empty `out_dir`, once the new one is complete
@@ -325,25 +346,26 @@ def convert_checkpoint(
                 earlier run completed are kept.  Starts from the beginning when there is nothing to continue, and does
                 nothing when `out_dir` is complete already
     verify      prove the result against the source before `out_dir` appears
-    hashes      record digests: SHA-256 of every file of IN, and of OUT what `verify_digests` checks
+    hashes      record digests: SHA-256 of every file of IN (of a remote one, what its server publishes, or none), and of OUT
+                what `verify_digests` checks
     progress    called with (bytes written, total bytes) of the files with tensors, from worker threads; the total at last
 
     Returns the report.  Raises `ConvertError` when the checkpoint is refused, `UsageError` for paths that cannot be used,
-    `MachineError` when the disk fails.  On any error `out_dir` is as it was before.
+    `MachineError` when the disk or the network fails.  On any error `out_dir` is as it was before.
     """
-    source, out = Path(in_dir), Path(out_dir)
+    source, out = located(in_dir), Path(out_dir)
     finished = read_finished(out) if resume else None
     if source.is_dir() and not finished:
-        check_target(out, source, force)
+        check_target(out, None if isinstance(source, RemotePath) else source, force)
     plan = plan_source(read_source(source), shard_size)
     shards = shards_of(plan)
     digest = plan_digest(plan, shards)
     before = identities(plan.source)
     if finished:
-        if made_from(finished, out, digest, before):
+        if made_from(finished, out, digest, before, plan.source):
             tidy(out)
             return Report(finished | proof(source, out) if verify else finished)
-        check_target(out, source, force)
+        check_target(out, None if isinstance(source, RemotePath) else source, force)
     written, total = 0, sum(shard.size for shard in shards)
     lock = threading.Lock()
 
@@ -372,7 +394,7 @@ def convert_checkpoint(
     return report
 
 
-def proof(in_dir: Path, out_dir: Path) -> dict[str, Any]:
+def proof(in_dir: AnyPath, out_dir: Path) -> dict[str, Any]:
     """Prove a result against its source.  Returns what a report says of it."""
     from .verifier import verify_conversion
 
@@ -408,7 +430,17 @@ def read_finished(out: Path) -> dict[str, Any] | None:
         return None
 
 
-def made_from(report: dict[str, Any], out: Path, digest: str, before: Mapping[str, Identity]) -> bool:
-    """Whether a complete OUT is what this run would write: of the same plan, and written after IN last changed."""
+def made_from(report: dict[str, Any], out: Path, digest: str, before: Mapping[str, Identity], source: Source) -> bool:
+    """Whether a complete OUT is what this run would write: of the same plan, and written after IN last changed.
+
+    Of a remote IN, the digests that its server publishes must be the same as well.
+    """
+    if isinstance(source.directory, RemotePath):
+        recorded = {entry["file"]: entry["sha256"] for entry in report.get("sources", ())}
+        published = {n: f.path.sha256 for n, f in source.files.items() if isinstance(f.path, RemotePath)}
+        weights = all(digest in (None, recorded.get(n)) for n, digest in published.items())
+        others = (path.is_copy(out / n) for n, path in source.side_files.items() if isinstance(path, RemotePath))
+        if not (weights and all(others)):
+            return False
     written_ns = (out / REPORT_FILE).stat().st_mtime_ns
     return report.get("plan_sha256") == digest and all(mtime_ns <= written_ns for _, mtime_ns, _ in before.values())

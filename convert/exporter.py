@@ -66,7 +66,7 @@ def _hf_config(config: CanonicalConfig, dtype: str | None) -> dict[str, Any]:
 
 def _copy_side_files(canonical: Canonical, staging: Path) -> None:
     """Tokenizer, templates, adapters and all else that is no tensor of the model."""
-    source, ours = canonical.directory, {*canonical.files, CONFIG_FILE, INDEX_FILE, REPORT_FILE}
+    source, ours = canonical.folder, {*canonical.files, CONFIG_FILE, INDEX_FILE, REPORT_FILE}
     for path in sorted(source.rglob("*")):
         relative = path.relative_to(source)
         if path.is_file() and not path.is_symlink() and relative.as_posix() not in ours:

@@ -68,7 +68,7 @@ class Reader:
 
     def __init__(self, canonical: Canonical) -> None:
         self.config, self.family, self.tensors = canonical.config, canonical.family, canonical.tensors
-        self.maps: dict[str, Bytes] = {f: np.memmap(canonical.directory / f, np.uint8, "r") for f in canonical.files}
+        self.maps: dict[str, Bytes] = {f: np.memmap(canonical.folder / f, np.uint8, "r") for f in canonical.files}
 
     def info(self, name: str) -> TensorInfo:
         """Where a tensor is stored.  Raises `ConvertError` when there is none of that name."""

@@ -6,12 +6,10 @@ Headers, configs and small scales are read.  `docs/inspect.md` describes the fac
 from __future__ import annotations
 
 import math
-import os
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from runtime.format import CONFIG_FILE, FORMAT, CanonicalConfig
@@ -28,7 +26,8 @@ from .index import by_module
 from .plan import Plan
 from .planner import plan_source, producer
 from .recognise import Recognised, encodings_for, recognise
-from .source import Source, TensorInfo, read_json, read_source, regular_file
+from .remote import RemotePath
+from .source import AnyPath, Location, Source, TensorInfo, located, read_json, read_source, regular_file
 
 if TYPE_CHECKING:
     from .view import View
@@ -232,7 +231,7 @@ def _inspect_plan(plan: Plan, values: bool, histograms: bool) -> Inspection:
     return _judged(inspection, findings, problems, values)
 
 
-def _inspect_canonical(path: Path, values: bool, histograms: bool) -> Inspection:
+def _inspect_canonical(path: AnyPath, values: bool, histograms: bool) -> Inspection:
     canonical = open_canonical(path)
     report = read_report(path)
     specs = canonical.config.modules
@@ -326,10 +325,12 @@ def _judged(inspection: Inspection, findings: list[Finding], problems: Sequence[
 
 @collector_paused()
 def inspect(
-    directory: str | os.PathLike[str], *, values: bool = True, histograms: bool = False
+    directory: Location, *, values: bool | None = None, histograms: bool = False
 ) -> Inspection:
     """Inspect a checkpoint: `inspect_checkpoint` with its tensors, and with histograms of its scales if they are wanted."""
-    path = Path(directory)
+    path = located(directory)
+    if values is None:
+        values = not isinstance(path, RemotePath)
     config: Any = None
     with suppress(OSError, ConvertError):  # reading the source says what is wrong with it
         config = read_json(regular_file(path, CONFIG_FILE), CONFIG_FILE)
@@ -338,7 +339,7 @@ def inspect(
         if isinstance(config, Mapping) and config.get("format") == FORMAT:
             inspection = _inspect_canonical(path, values, histograms)
         else:
-            source = read_source(directory)
+            source = read_source(path)
             inspection = _inspect_plan(plan_source(source), values, histograms)
     except ConvertError as error:
         if error.exit_code != ConvertError.exit_code:  # a mistake in the command, or the machine's
@@ -348,16 +349,17 @@ def inspect(
             _inspect_refused(source, error) if source is not None
             else _judged(unreadable, refusals(error.problems), error.problems, False)
         )  # fmt: skip
-    inspection.facts["checkpoint"] = os.fspath(directory)
+    inspection.facts["checkpoint"] = str(path) if isinstance(path, RemotePath) else str(directory)
     return inspection
 
 
 def inspect_checkpoint(
-    directory: str | os.PathLike[str], *, values: bool = True, tensors: bool = False
+    directory: Location, *, values: bool | None = None, tensors: bool = False
 ) -> dict[str, Any]:
     """What a checkpoint is: producer, family, schemes per kind of module, sizes and defects, as JSON values (docs/inspect.md).
 
-    `values`: also read the per-tensor scales (a few bytes each), which show defects that headers do not.  `tensors`: add
+    `directory` may be a URL.  `values`: also read the per-tensor scales (a few bytes each), which show defects that headers do
+    not; by default those of a directory, as each may be a request to a server.  `tensors`: add
     `tensor_list`, every stored tensor.  A checkpoint that a conversion refuses is described as far as it can be read, with
     `refused` true and the reasons as defects.  Raises `UsageError` when there is no such directory.  Reads headers, configs and
     small scales; memory grows with the number of tensors, not with their size.

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from .copying import Sources, Writers
-from .digests import TensorDigest, file_digest, range_digests, text_digest
+from .digests import TensorDigest, range_digests, source_digest, text_digest
 from .errors import ConvertError, MachineError, Problem, UsageError
 from .executor import (
     Identity,
@@ -44,7 +44,8 @@ from .journal import Journal
 from .json_files import replace_json
 from .plan import Plan
 from .planner import plan_source
-from .source import read_json, read_source
+from .remote import RemotePath
+from .source import Location, located, read_json, read_source
 from .staging import Staging, beside, check_target, publish, recover, sync_directory
 from .values import Values
 
@@ -118,7 +119,7 @@ class _Prepared:
         return {name: (size, mtime_ns) for name, (size, mtime_ns, _) in self.before.items()}
 
 
-def _prepare(in_dir: str | os.PathLike[str], shard_size: int | None) -> _Prepared:
+def _prepare(in_dir: Location, shard_size: int | None) -> _Prepared:
     plan = plan_source(read_source(in_dir), shard_size)
     shards = shards_of(plan)
     return _Prepared(plan, shards, plan_digest(plan, shards), identities(plan.source))
@@ -139,7 +140,7 @@ def _prepare_again(plan: JobPlan) -> _Prepared:
 
 
 def plan_jobs(
-    in_dir: str | os.PathLike[str],
+    in_dir: Location,
     out_dir: str | os.PathLike[str],
     *,
     shard_size: int | None = None,
@@ -151,9 +152,13 @@ def plan_jobs(
     Arguments as in `convert_checkpoint`; both directories must be the same paths on every machine.  Raises `ConvertError` when
     the checkpoint is refused, `UsageError` for paths that cannot be used.
     """
-    source, out = Path(in_dir).absolute(), Path(out_dir).absolute()
-    if source.is_dir():
-        check_target(out, source, force)
+    source, out = located(in_dir), Path(out_dir).absolute()
+    if isinstance(source, RemotePath):  # its URL names the state that jobs will read, where the server has such names
+        check_target(out, None, force)
+    else:
+        source = source.absolute()
+        if source.is_dir():
+            check_target(out, source, force)
     prepared = _prepare(source, shard_size)
     with Sources(prepared.plan.source.files) as sources:
         zeros = Values(prepared.plan, sources).check(prepared.plan)
@@ -252,7 +257,7 @@ def _write(plan: JobPlan, number: int, prepared: _Prepared, own: Path, progress:
     with ThreadPoolExecutor(1) as hasher, Sources(source.files) as sources, Writers() as writers:
         run = Run(own_plan, sources, Values(own_plan, sources), staging, advance, writers, plan.hashes)
         share = [file for n, file in enumerate(source.files.values()) if n % len(plan.jobs) == number] if plan.hashes else []
-        inputs = {file.name: hasher.submit(file_digest, file.path, run.stop) for file in share}
+        inputs = {file.name: hasher.submit(source_digest, file.path, run.stop) for file in share}
         try:
             run.write_shard(shard)
             sha256 = {name: future.result() for name, future in inputs.items()}
@@ -281,8 +286,9 @@ def _receipt(plan: JobPlan, number: int) -> dict[str, Any] | None:
 
 def _finished(plan: JobPlan, prepared: _Prepared) -> dict[str, Any] | None:
     """The report of an OUT that is what this plan gives."""
-    report = read_finished(Path(plan.out_dir))
-    return report if report and made_from(report, Path(plan.out_dir), prepared.digest, prepared.before) else None
+    out, source = Path(plan.out_dir), prepared.plan.source
+    report = read_finished(out)
+    return report if report and made_from(report, out, prepared.digest, prepared.before, source) else None
 
 
 def finished_report(plan: JobPlan) -> dict[str, Any] | None:
@@ -307,8 +313,9 @@ def commit_jobs(
     with _disk_errors(plan):
         if finished is not None:
             shutil.rmtree(plan.work, ignore_errors=True)
-            return Report(finished | proof(Path(plan.in_dir), out) if verify else finished)
-        check_target(out, Path(plan.in_dir), plan.force)
+            return Report(finished | proof(prepared.plan.source.directory, out) if verify else finished)
+        place = prepared.plan.source.directory
+        check_target(out, None if isinstance(place, RemotePath) else place, plan.force)
         receipts = _all_done(plan)
         journal = Journal(beside(out, "journal"))
         try:
@@ -323,7 +330,7 @@ def commit_jobs(
                 run = Run(prepared.plan, sources, nothing, staging, lambda nbytes: None, writers, plan.hashes)
                 report = complete(run, prepared.shards, plan.zeros, sha256, prepared.digest, prepared.before)
             if verify:
-                report.data |= proof(Path(plan.in_dir), plan.parts)
+                report.data |= proof(prepared.plan.source.directory, plan.parts)
             recover(out)
             publish(out, plan.parts)
             shutil.rmtree(beside(out, "partial"), ignore_errors=True)  # of `qconvert IN OUT`, given up

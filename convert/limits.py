@@ -16,6 +16,7 @@ MAX_NAME_LENGTH = 4096  # characters of a tensor's name
 MAX_TENSORS = 2_000_000  # of a checkpoint; the largest published ones have 300,000
 MAX_NESTING = 64  # brackets inside brackets in a config or index
 MAX_FILE_NAME = 255  # bytes of a file's name; what file systems take
+MAX_REMOTE_FILES = 100_000  # of a listing of a remote checkpoint
 MAX_SIDE_DEPTH = 4  # folders below the checkpoint that are searched for side files
 MAX_GROUPS = 1000  # groups of a quantisation config whose modules are told by patterns; published ones have a few
 MAX_PATTERN = 100_000  # characters of a regular expression or shell wildcard of a config

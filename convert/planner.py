@@ -8,7 +8,6 @@ sources.  Every stored tensor is used once or dropped for a stated reason; what 
 from __future__ import annotations
 
 import math
-import os
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -51,7 +50,7 @@ from .lists import Inventory, idle_entries
 from .ops import Step, Term
 from .plan import Dropped, Plan
 from .recognise import encodings_for
-from .source import Source, read_source
+from .source import Location, Source, read_source
 
 QUANT_KEYS = ("quantization_config", "compression_config", "quantization")
 
@@ -356,7 +355,7 @@ def plan_source(source: Source, shard_size: int | None = None) -> Plan:
     return plan
 
 
-def plan_conversion(in_dir: str | os.PathLike[str], shard_size: int | None = None) -> Plan:
+def plan_conversion(in_dir: Location, shard_size: int | None = None) -> Plan:
     """Read a checkpoint's headers and plan its conversion.  No tensor data is read; neither torch nor NumPy is needed.
 
     Raises `ConvertError` when the checkpoint is refused.

@@ -16,6 +16,7 @@ from typing import Any
 from .errors import ConvertError, MachineError, Problem, UsageError
 from .executor import Report, proof, read_finished
 from .jobs import JobPlan, commit_jobs, discard_jobs, finished_report, plan_jobs, run_job
+from .source import Location, located
 
 MAX_RETRIES = 20  # of one task: a job that was killed is begun anew, and nodes of a cluster come and go
 CONNECT_S = 10.0
@@ -32,7 +33,7 @@ def _task(plan: JobPlan, number: int) -> tuple[int, list[dict[str, str]]]:
 
 
 def convert_on_ray(
-    in_dir: str | os.PathLike[str],
+    in_dir: Location,
     out_dir: str | os.PathLike[str],
     *,
     address: str | None = None,
@@ -60,7 +61,7 @@ def convert_on_ray(
     if resume and read_finished(Path(out_dir)):
         report = finished_report(plan_jobs(in_dir, out_dir, force=True, **options))
         if report is not None:
-            return Report(report | proof(Path(in_dir), Path(out_dir)) if verify else report)
+            return Report(report | proof(located(in_dir), Path(out_dir)) if verify else report)
     plan = plan_jobs(in_dir, out_dir, force=force, **options)
     ours = not ray.is_initialized()
     try:

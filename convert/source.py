@@ -1,4 +1,4 @@
-"""Reads a source checkpoint's headers and configs.  Standard library only; nothing is loaded, nothing is executed.
+"""Reads a source checkpoint's headers and configs, wherever it is.  Nothing is loaded, nothing is executed.
 
 Everything that comes from the directory is untrusted: headers are validated as the safetensors specification demands, and
 beyond it where readers differ (duplicate keys, control characters in names, shards outside the directory).
@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from itertools import chain
 from operator import attrgetter, itemgetter
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn, TypeVar, overload
 
 from runtime.format import CONFIG_FILE, DTYPE_BYTES, FORMAT, INDEX_FILE, REPORT_FILE
 
@@ -33,6 +33,10 @@ from .limits import (
     MAX_SIDE_DEPTH,
     MAX_TENSORS,
 )
+from .remote import RemotePath, open_url
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 QUANT_FILE = "hf_quant_config.json"
 ADAPTER_CONFIG = "adapter_config.json"
@@ -51,6 +55,10 @@ REPLACED = {  # file name -> why it is not copied
     REPORT_FILE: "replaced by the report of this conversion",
     ADAPTER_CONFIG: "written anew to adapter/ when the checkpoint holds the adapter's tensors",
 }
+
+
+AnyPath = Path | RemotePath
+Location = str | os.PathLike[str] | RemotePath  # of a checkpoint: a directory, or a URL
 
 
 class TensorInfo(NamedTuple):
@@ -85,10 +93,10 @@ class TensorInfo(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class SourceFile:
-    """One safetensors file.  `identity` (size, mtime in ns, inode) tells whether it changed since it was read."""
+    """One safetensors file.  `identity` (size, mtime in ns, inode or ETag) tells whether it changed since it was read."""
 
     name: str
-    path: Path
+    path: AnyPath
     identity: tuple[int, int, int]
 
 
@@ -99,17 +107,17 @@ class Source:
     tensors      name -> `TensorInfo`, in file order
     config       `config.json`;  quant_file  `hf_quant_config.json`, or None
     adapter_configs  folder ("" for the checkpoint itself) -> its `adapter_config.json`
-    side_files   relative path -> absolute path of files to carry byte for byte
+    side_files   relative path -> path of files to carry byte for byte
     skipped      relative path -> why a file is not carried
     """
 
-    directory: Path
+    directory: AnyPath
     files: dict[str, SourceFile]
     tensors: dict[str, TensorInfo]
     config: dict[str, Any]
     quant_file: dict[str, Any] | None
     adapter_configs: dict[str, dict[str, Any]] = field(default_factory=dict)
-    side_files: dict[str, Path] = field(default_factory=dict)
+    side_files: dict[str, AnyPath] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
 
 
@@ -209,17 +217,37 @@ def _parse(
     return value
 
 
-def read_json(path: Path, name: str) -> dict[str, Any]:
+def located(place: Location) -> AnyPath:
+    """Where a checkpoint is: the path of a directory, or what a URL names, listed.  Raises as `remote.open_url` does."""
+    if isinstance(place, str) and "://" in place:
+        return open_url(place)
+    return place if isinstance(place, RemotePath) else Path(place)
+
+
+def each(directory: AnyPath, function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+    """`map(function, items)`; over a network, several calls at a time."""
+    return directory.remote.map(function, items) if isinstance(directory, RemotePath) else map(function, items)
+
+
+def read_json(path: AnyPath, name: str) -> dict[str, Any]:
     """Read a JSON object from a regular file.  Raises `ConvertError`."""
     if path.stat().st_size > MAX_JSON_BYTES:
         _refuse(name, "", f"at most {MAX_JSON_BYTES} bytes", f"{path.stat().st_size}", "this is not a config file")
     return parse_json(path.read_bytes(), name)
 
 
-def regular_file(directory: Path, name: str) -> Path:
+@overload
+def regular_file(directory: Path, name: str) -> Path: ...
+@overload
+def regular_file(directory: AnyPath, name: str) -> AnyPath: ...
+def regular_file(directory: AnyPath, name: str) -> AnyPath:
     """The resolved path of a file of the checkpoint; refuses links that leave it, and anything that is not a file."""
     if len(os.fsencode(os.path.basename(name))) > MAX_FILE_NAME or "\0" in name:
         _refuse(name, "", "the name of a file", "one that no file can have", "correct the name")
+    if isinstance(directory, RemotePath):  # whose listing has been checked, and has files only
+        if not (directory / name).is_file():
+            _refuse(name, "", "a file", "none of this name", "the checkpoint is incomplete: fetch the missing file")
+        return directory / name
     target = (directory / name).resolve()
     root = directory.resolve()
     # The Hub cache keeps snapshots/<revision>/<file> as links into blobs/ of the same repository.
@@ -332,7 +360,7 @@ def _refuse_entries(file: str, header: Mapping[str, Any], start: int, end: int) 
     _refuse(file, last, f"a file of {position} bytes", f"{end} bytes ({what})", damaged)
 
 
-def read_header(path: Path, file: str) -> list[TensorInfo]:
+def read_header(path: AnyPath, file: str) -> list[TensorInfo]:
     """The tensors of one safetensors file in the order of their bytes.  Raises `ConvertError` for every invalid file.
 
     Checks the whole specification (contiguous ranges without gap, overlap or trailing bytes, dtype x shape = bytes) and
@@ -369,7 +397,7 @@ def read_header(path: Path, file: str) -> list[TensorInfo]:
     return infos
 
 
-def _shard_names(directory: Path) -> tuple[list[str], dict[str, str] | None]:
+def _shard_names(directory: AnyPath) -> tuple[list[str], dict[str, str] | None]:
     """Names of the safetensors files of a checkpoint, and the index's weight map when there is an index."""
     indexes = sorted(p.name for p in directory.glob("*.safetensors.index.json"))
     if len(indexes) > 1:
@@ -416,36 +444,44 @@ def _check_index(weight_map: Mapping[str, str], tensors: Mapping[str, TensorInfo
     return problems
 
 
-def _side_files(directory: Path, shards: set[str]) -> tuple[dict[str, Path], dict[str, str]]:
-    """Files beside the weights: those to carry, and those not carried with the reason."""
-    carried: dict[str, Path] = {}
-    skipped: dict[str, str] = {}
+def _names_below(directory: AnyPath) -> Iterator[str]:
+    """Relative paths of all files that are not hidden, down to a depth."""
+    if isinstance(directory, RemotePath):
+        yield from directory.side_names()
+        return
     for folder, folders, files in os.walk(directory, followlinks=False):
         relative = Path(folder).relative_to(directory)
         folders[:] = sorted(f for f in folders if not f.startswith(".") and len(relative.parts) < MAX_SIDE_DEPTH)
-        for name in sorted(files):
-            path = (relative / name).as_posix()
-            if path in shards or name.startswith("."):
-                continue
-            if path in REPLACED or name == ADAPTER_CONFIG:
-                skipped[path] = REPLACED[name]
-            elif name == ADAPTER_WEIGHTS:
-                skipped[path] = "an adapter beside the checkpoint: peft can load it on the exported base"
-            elif path.endswith(".safetensors.index.json"):
-                skipped[path] = REPLACED[INDEX_FILE]
-            elif Path(name).suffix in NOT_CARRIED:
-                skipped[path] = NOT_CARRIED[Path(name).suffix]
-            elif not path.isprintable():
-                skipped[path] = "its name has control characters"
-            else:
-                try:
-                    carried[path] = regular_file(directory, path)
-                except ConvertError as error:
-                    skipped[path] = f"expected {error.problems[0].expected}, found {error.problems[0].found}"
+        yield from ((relative / name).as_posix() for name in sorted(files) if not name.startswith("."))
+
+
+def _side_files(directory: AnyPath, shards: set[str]) -> tuple[dict[str, AnyPath], dict[str, str]]:
+    """Files beside the weights: those to carry, and those not carried with the reason."""
+    carried: dict[str, AnyPath] = {}
+    skipped: dict[str, str] = {}
+    for path in _names_below(directory):
+        name = path.rpartition("/")[2]
+        if path in shards:
+            continue
+        if path in REPLACED or name == ADAPTER_CONFIG:
+            skipped[path] = REPLACED[name]
+        elif name == ADAPTER_WEIGHTS:
+            skipped[path] = "an adapter beside the checkpoint: peft can load it on the exported base"
+        elif path.endswith(".safetensors.index.json"):
+            skipped[path] = REPLACED[INDEX_FILE]
+        elif Path(name).suffix in NOT_CARRIED:
+            skipped[path] = NOT_CARRIED[Path(name).suffix]
+        elif not path.isprintable():
+            skipped[path] = "its name has control characters"
+        else:
+            try:
+                carried[path] = regular_file(directory, path)
+            except ConvertError as error:
+                skipped[path] = f"expected {error.problems[0].expected}, found {error.problems[0].found}"
     return carried, skipped
 
 
-def _refuse_without_weights(directory: Path) -> NoReturn:
+def _refuse_without_weights(directory: AnyPath) -> NoReturn:
     names = {p.name for p in directory.iterdir()}
     name = directory.name
     if ADAPTER_CONFIG in names or ADAPTER_WEIGHTS in names:
@@ -467,13 +503,13 @@ def _refuse_without_weights(directory: Path) -> NoReturn:
 
 
 @collector_paused()
-def read_source(in_dir: str | os.PathLike[str]) -> Source:
-    """Read the headers and configs of a checkpoint directory.
+def read_source(in_dir: Location) -> Source:
+    """Read the headers and configs of a checkpoint: a directory, or a URL.
 
     Raises `ConvertError` for everything that makes it unreadable or inconsistent with its own index, `UsageError` when
-    there is no such directory.  Cost: one read of each header; no tensor data.
+    there is no such directory, `MachineError` when the network fails.  Cost: one read of each header; no tensor data.
     """
-    directory = Path(in_dir)
+    directory = located(in_dir)
     if not directory.is_dir():
         found = "a file" if directory.exists() else "nothing there"
         raise UsageError(Problem(printable(in_dir), "", "a directory", found, "give the checkpoint's directory"))
@@ -507,7 +543,8 @@ def read_source(in_dir: str | os.PathLike[str]) -> Source:
         path = regular_file(directory, shard)
         info = path.stat()
         files[shard] = SourceFile(shard, path, (info.st_size, info.st_mtime_ns, info.st_ino))
-        headers.append(read_header(path, shard))
+    for shard, header in zip(shards, each(directory, lambda name: read_header(files[name].path, name), shards), strict=True):
+        headers.append(header)
         tensors.update({tensor.name: tensor for tensor in headers[-1]})
         if len(tensors) > MAX_TENSORS:
             _refuse(shard, "", f"at most {MAX_TENSORS} tensors", f"{len(tensors)} up to this file", "this is no checkpoint")

@@ -14,8 +14,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .errors import MachineError, Problem, UsageError
+from .errors import MachineError, NetworkError, Problem, UsageError
 from .journal import Journal
+
+RESUMABLE = (OSError, NetworkError, MemoryError, KeyboardInterrupt)  # after these, what is complete is kept
 
 
 def check_target(out: Path, in_dir: Path | None, force: bool) -> None:
@@ -123,8 +125,7 @@ def staged(out: Path, identity: dict[str, Any] | None = None, resume: bool = Fal
         yield staging
         publish(target, staging.path)
     except BaseException as error:
-        may_go_on = isinstance(error, OSError | MemoryError | KeyboardInterrupt)
-        staging.kept = identity is not None and bool(staging.done) and may_go_on
+        staging.kept = identity is not None and bool(staging.done) and isinstance(error, RESUMABLE)
         if staging.kept:
             staging.journal.close()
             raise

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from .apply import count_zeros, find_fault, mean, transform
 from .copying import Sources
 from .errors import ORIGINAL, ConvertError, Problem
-from .layout import Tensors
+from .layout import Range, Tensors
 from .ops import CHECKS, Step, Term
 from .plan import Plan
 from .source import TensorInfo
@@ -43,32 +43,38 @@ class Values:
 
     def _read_small(self, infos: Iterable[TensorInfo]) -> None:
         """Read small tensors in the order in which they lie in the files, neighbours together."""
+        batches: list[list[TensorInfo]] = []
         batch: list[TensorInfo] = []
         for info in sorted((i for i in infos if i.end - i.start <= SMALL), key=lambda i: (i.file, i.start)):
             far = batch and (
                 info.file != batch[0].file or info.start - batch[-1].end > GAP or info.end - batch[0].start > BATCH
             )
-            if far:
-                self._read_batch(batch)
+            if far or not batch:
                 batch = []
+                batches.append(batch)
             batch.append(info)
-        self._read_batch(batch)
-
-    def _read_batch(self, batch: list[TensorInfo]) -> None:
-        if batch:
+        found = self._sources.read_all((batch[0].file, batch[0].start, batch[-1].end) for batch in batches)
+        for batch, data in zip(batches, found, strict=True):
             first = batch[0].start
-            data = self._sources.read(batch[0].file, first, batch[-1].end)
             self._small.update((i.name, data[i.start - first : i.end - first]) for i in batch)
 
-    def read(self, info: TensorInfo) -> bytes:
+    def ranges(self, steps: Iterable[Step]) -> Iterator[Range]:
+        """What reading the tensors of steps takes, in this order, without those that are kept."""
+        for step in steps:
+            for term in step.terms:
+                info = self.tensors[term.source].rows(term.rows)
+                if info.name not in self._small:
+                    yield info.file, info.start, info.end
+
+    def read(self, info: TensorInfo, sources: Sources | None = None) -> bytes:
         """All bytes of a tensor, or of rows of it."""
         data = self._small.get(info.name)
         if data is None:
-            return self._sources.read(info.file, info.start, info.end)
+            return (sources or self._sources).read(info.file, info.start, info.end)
         whole = self.tensors[info.name]
         return data if info is whole else data[info.start - whole.start : info.end - whole.start]
 
-    def groups(self, step: Step) -> Iterator[Group]:
+    def groups(self, step: Step, sources: Sources | None = None) -> Iterator[Group]:
         """The terms of a step in order, with small ones of one kind together, so that they are one array."""
         group = Group([], [], b"")
         pieces: list[bytes] = []
@@ -83,7 +89,7 @@ class Values:
                 group, pieces = Group([], [], b""), []
             group.terms.append(term)
             group.infos.append(info)
-            pieces.append(self.read(info))
+            pieces.append(self.read(info, sources))
         if group.terms:
             yield group._replace(data=b"".join(pieces))
 
@@ -96,18 +102,18 @@ class Values:
         experts: dict[str, Faults] = {}
         zeros = 0
         norms: list[tuple[TensorInfo, float]] = []
-        for step in plan.steps:
-            if not step.check or step.check in STREAMED_CHECKS:
-                continue
-            if step.check == "zero_centred":
-                (info,) = plan.source_of(step)
-                norms.append((info, mean(self.read(info), info.dtype)))
-                continue
-            for terms, infos, data in self.groups(step):
-                if find_fault(step.check, data, infos[0].dtype, terms[0].transform):
-                    for term, info in zip(terms, infos, strict=True):
-                        self._faults(step.check, term, info, problems, experts)
-                zeros += count_zeros(step.check, data, infos[0].dtype)
+        checked = [step for step in plan.steps if step.check and step.check not in STREAMED_CHECKS]
+        with self._sources.ahead(self.ranges(checked)) as sources:
+            for step in checked:
+                if step.check == "zero_centred":
+                    (info,) = plan.source_of(step)
+                    norms.append((info, mean(self.read(info, sources), info.dtype)))
+                    continue
+                for terms, infos, data in self.groups(step, sources):
+                    if find_fault(step.check, data, infos[0].dtype, terms[0].transform):
+                        for term, info in zip(terms, infos, strict=True):
+                            self._faults(step.check, term, info, problems, experts)
+                    zeros += count_zeros(step.check, data, infos[0].dtype)
         for faults in experts.values():
             first = min(faults)
             one, check, found = faults[first]
@@ -140,18 +146,18 @@ class Values:
                 if one:
                     experts.setdefault(info.name, {}).setdefault(e, (stack, check, one))
 
-    def computed(self, step: Step, codes: Codes | None) -> Iterator[bytes]:
+    def computed(self, step: Step, codes: Codes | None, sources: Sources | None = None) -> Iterator[bytes]:
         """The bytes of a tensor that is computed, in bounded pieces: one expert at a time where axes are exchanged."""
         if any(term.transform.startswith("transpose") for term in step.terms):
             for term in step.terms:
                 info = self.tensors[term.source].rows(term.rows)
                 for part in info.split():
-                    data = self.read(part)
+                    data = self.read(part, sources)
                     if codes is not None:
                         codes.look(memoryview(data), part)
                     yield transform(term.transform, data, info.dtype, info.shape[-1] if info.shape else 1) * term.repeat
             return
-        for terms, infos, data in self.groups(step):
+        for terms, infos, data in self.groups(step, sources):
             if codes is not None:
                 codes.look(memoryview(data), infos[0])
             yield transform(terms[0].transform, data, infos[0].dtype) * terms[0].repeat

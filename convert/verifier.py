@@ -32,7 +32,8 @@ from .families.base import Parameter, Placed, joined_names
 from .json_files import is_sealed, is_spelled
 from .names import canonical_name
 from .planner import plan_source
-from .source import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Source, read_json, read_source
+from .remote import ReadAhead, RemoteBytes, RemotePath
+from .source import ADAPTER_CONFIG, ADAPTER_WEIGHTS, AnyPath, Location, Source, each, read_json, read_source
 
 PIECE = 1 << 20  # bytes compared at a time
 MAPPED = 32 << 20  # bytes compared before the pages of both sides are given back
@@ -67,13 +68,28 @@ class Verified:
 
 @dataclass(frozen=True, slots=True)
 class _Tensor:
+    """A stored tensor.  `input_major`: the two axes of `shape` are exchanged in `data`."""
+
     file: str
     dtype: str
     shape: tuple[int, ...]
-    data: memoryview
+    data: memoryview | RemoteBytes
+    input_major: bool = False
 
     def raw(self) -> NDArray[np.uint8]:
-        return np.frombuffer(self.data, np.uint8)
+        if not self.input_major:
+            return _bytes(self.data)
+        width = len(self.data) // (self.shape[0] * self.shape[1])
+        cells = _bytes(self.data).view(f"V{width}").reshape(self.shape[::-1])
+        return np.ascontiguousarray(cells.T).view(np.uint8).reshape(-1)
+
+    def pieces(self) -> Iterator[NDArray[np.uint8]]:
+        """All bytes in order, in pieces of `PIECE`."""
+        if self.input_major:
+            whole = self.raw()
+            yield from (whole[start : start + PIECE] for start in range(0, whole.size, PIECE))
+        else:
+            yield from (_bytes(self.data[start : start + PIECE]) for start in range(0, len(self.data), PIECE))
 
     def rows(self, start: int, stop: int, axes: int) -> NDArray[np.uint8]:
         """Bytes of rows [start, stop) of the tensor with all but its last `axes - 1` axes taken as one."""
@@ -90,11 +106,8 @@ class _Tensor:
         size = len(self.data) // self.shape[0]
         data = self.data[index * size : (index + 1) * size]
         shape = self.shape[1:]
-        if transposed and len(shape) == 2:
-            width = size // (shape[0] * shape[1])
-            cells = np.frombuffer(data, np.dtype(f"V{width}")).reshape(shape)
-            data, shape = memoryview(np.ascontiguousarray(cells.T).tobytes()), shape[::-1]
-        return _Tensor(self.file, self.dtype, shape, data)
+        exchanged = transposed and len(shape) == 2
+        return _Tensor(self.file, self.dtype, shape[::-1] if exchanged else shape, data, exchanged)
 
     def float64(self) -> NDArray[np.float64]:
         """Values, flattened.  Exact for every dtype that scales have."""
@@ -111,16 +124,33 @@ class _Tensor:
         )
 
 
-def _open(directory: Path, files: list[str]) -> dict[str, _Tensor]:
+def _bytes(data: memoryview | RemoteBytes) -> NDArray[np.uint8]:
+    """The bytes of a range: mapped ones as they are, remote ones fetched."""
+    return np.frombuffer(data.fetched() if isinstance(data, RemoteBytes) else data, np.uint8)
+
+
+def _content(path: AnyPath, reader: ReadAhead | None) -> memoryview | RemoteBytes:
+    """The bytes of a file, which are read when they are looked at."""
+    if isinstance(path, RemotePath):
+        assert reader is not None
+        return RemoteBytes(reader, path.relative, 0, path.stat().st_size)
+    with path.open("rb") as stream:
+        size = os.fstat(stream.fileno()).st_size
+        return memoryview(mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) if size else b"")
+
+
+def _header(path: AnyPath) -> bytes:
+    with path.open("rb") as stream:
+        return stream.read(int.from_bytes(stream.read(8), "little"))
+
+
+def _open(directory: AnyPath, files: list[str], reader: ReadAhead | None = None) -> dict[str, _Tensor]:
     """Map safetensors files: their names are ours or were validated; nothing is copied."""
     tensors: dict[str, _Tensor] = {}
-    for name in files:
-        with (directory / name).open("rb") as stream:
-            size = os.fstat(stream.fileno()).st_size
-            view = memoryview(mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) if size else b"")
-        length = int.from_bytes(view[:8], "little")
+    for name, raw in zip(files, each(directory, lambda name: _header(directory / name), files), strict=True):
+        view, length = _content(directory / name, reader), len(raw)
         try:
-            header = json.loads(bytes(view[8 : 8 + length]))
+            header = json.loads(raw)
             for tensor, entry in header.items():
                 if tensor != "__metadata__":
                     begin, end = entry["data_offsets"]
@@ -151,7 +181,8 @@ class _Verifier:
 
     def __post_init__(self) -> None:
         """Collect the mapped files."""
-        owners = {id(t.data.obj): t.data.obj for t in (*self.source.values(), *self.target.values())}
+        mapped = [t.data for t in (*self.source.values(), *self.target.values()) if isinstance(t.data, memoryview)]
+        owners = {id(data.obj): data.obj for data in mapped}
         self.mappings = [owner for owner in owners.values() if isinstance(owner, mmap.mmap)]
 
     def release(self, nbytes: int) -> None:
@@ -239,18 +270,20 @@ class _Verifier:
 
     def same_bytes(self, name: str, ours: NDArray[np.uint8], theirs: _Tensor, element_bytes: int) -> None:
         """Compare a range of OUT with a whole tensor of IN."""
-        raw = theirs.raw()
-        if ours.size != raw.size:
-            self.wrong(name, f"{raw.size} bytes as in {theirs.file}", f"{ours.size}")
+        size = len(theirs.data)
+        if ours.size != size:
+            self.wrong(name, f"{size} bytes as in {theirs.file}", f"{ours.size}")
             return
-        for start in range(0, raw.size, PIECE):
-            a, b = ours[start : start + PIECE], raw[start : start + PIECE]
+        start = 0
+        for b in theirs.pieces():
+            a = ours[start : start + b.size]
             if not np.array_equal(a, b):
                 at = start + int(np.flatnonzero(a != b)[0])
                 self.wrong(name, f"the bytes of {theirs.file}", f"a difference {at} bytes into that range")
                 return
             self.release(2 * a.size)
-        self.compared[name] += raw.size // element_bytes
+            start += b.size
+        self.compared[name] += size // element_bytes
 
     def same_values(self, name: str, start: int, stop: int, values: NDArray[np.float64]) -> None:
         """Compare elements [start, stop) of a float32 tensor of OUT with exact or correctly rounded values."""
@@ -334,26 +367,33 @@ def _block_span(spec: ModuleSpec, row: int, rows: int) -> tuple[int, int]:
     return sum(counts[:start]), sum(counts[:stop])
 
 
-def verify_conversion(in_dir: str | os.PathLike[str], out_dir: str | os.PathLike[str]) -> Verified:
+def verify_conversion(in_dir: Location, out_dir: str | os.PathLike[str]) -> Verified:
     """Prove that `out_dir` holds exactly what `in_dir` holds.
 
-    Reads both completely, compares every element, and returns the counts.  A divisor of IN must appear as the correctly
-    rounded float32 reciprocal; everything else must be equal bit for bit.  Raises `ConvertError` with the first differences.
+    `in_dir` may be a URL, which is then read over the network.  Reads both completely, compares every element, and returns the
+    counts.  A divisor of IN must appear as the correctly rounded float32 reciprocal; everything else must be equal bit for bit.
+    Raises `ConvertError` with the first differences.
     """
-    canonical = open_canonical(out_dir)
+    canonical = open_canonical(Path(out_dir))
     source = read_source(in_dir)
     with malformed(str(out_dir)):
-        return _verify(source, canonical)
+        if not isinstance(source.directory, RemotePath):
+            return _verify(source, canonical, None)
+        reader = ReadAhead(source.directory.remote, ())
+        try:
+            return _verify(source, canonical, reader)
+        finally:
+            reader.close()
 
 
-def _verify(source: Source, out: Canonical) -> Verified:
-    """The proof, once both sides are known to be readable."""
+def _verify(source: Source, out: Canonical, reader: ReadAhead | None) -> Verified:
+    """The proof, once both sides are known to be readable.  `reader` reads a remote source."""
     config, family = out.config, out.family
     stored: dict[str, _Tensor] = {}
     names: dict[str, str] = {}
     joined = joined_names(family, ROLES)
     plan = plan_source(source)
-    opened = _open(source.directory, list(source.files))
+    opened = _open(source.directory, list(source.files), reader)
     adapted = {info.name: opened.pop(info.name) for adapter in plan.adapters for _, info in adapter.tensors}
     for name, tensor in opened.items():
         canonical = canonical_name(without_marks(name), family.names) or name
@@ -361,7 +401,7 @@ def _verify(source: Source, out: Canonical) -> Verified:
         if suffix in joined and module.endswith(".experts"):
             canonical = ".".join((module, *joined[suffix]))
         stored[canonical], names[canonical] = tensor, name
-    verifier = _Verifier(config, stored, names, _open(out.directory, list(out.files)))
+    verifier = _Verifier(config, stored, names, _open(out.folder, list(out.files)))
     for name in config.modules:
         if config.is_carried(name):
             verifier.owner[name] = (name, 0)  # a tower's module: one projection, in the same place
@@ -375,7 +415,10 @@ def _verify(source: Source, out: Canonical) -> Verified:
     verifier.measure()
     for placed in linears:
         verifier.place(placed)
-    dropped = {d["tensor"] for d in read_report(out.directory).get("dropped", [])}
+    dropped = {d["tensor"] for d in read_report(out.folder).get("dropped", [])}
+    if reader is not None:
+        read = (t.data for canonical, t in stored.items() if names[canonical] not in dropped)
+        reader.expect((data.name, data.start, data.end) for data in read if isinstance(data, RemoteBytes))
     for canonical, tensor in stored.items():
         if names[canonical] in dropped:
             continue
@@ -395,12 +438,12 @@ def _verify(source: Source, out: Canonical) -> Verified:
         if verifier.compared[name] != count and not any(p.tensor == name for p in verifier.problems):
             verifier.wrong(name, f"{count} elements that come from IN", f"{verifier.compared[name]}")
     for relative, path in source.side_files.items():
-        copy = out.directory / relative
+        copy = out.folder / relative
         if not copy.is_file() or file_digest(copy) != file_digest(path):
             verifier.problems.append(Problem(relative, "", "a byte-for-byte copy", "a difference", "convert again"))
-    verifier.problems += _adapter_problems(plan.adapters, adapted, out.directory)
+    verifier.problems += _adapter_problems(plan.adapters, adapted, out.folder)
     verifier.problems += _config_problems(plan.config, config)
-    verifier.problems += _written_problems(out.directory) + _index_problems(out) + _header_problems(out)
+    verifier.problems += _written_problems(out.folder) + _index_problems(out) + _header_problems(out)
     if verifier.problems:
         raise ConvertError(verifier.problems)
     total = sum(len(t.data) for t in verifier.target.values())
@@ -476,10 +519,9 @@ def _report_problems(directory: Path) -> list[Problem]:
 def _header_problems(out: Canonical) -> list[Problem]:
     """Where a file's header says the same in other bytes, or has other metadata."""
     problems = []
-    adapters = (p.relative_to(out.directory).as_posix() for p in out.directory.glob(f"{DIRECTORY}/**/{ADAPTER_WEIGHTS}"))
+    adapters = (p.relative_to(out.folder).as_posix() for p in out.folder.glob(f"{DIRECTORY}/**/{ADAPTER_WEIGHTS}"))
     for file in (*out.files, *adapters):
-        with (out.directory / file).open("rb") as stream:
-            raw = stream.read(int.from_bytes(stream.read(8), "little"))
+        raw = _header(out.folder / file)
         header = json.loads(raw)
         spelled = raw.rstrip(b" ") == json.dumps(header, separators=(",", ":")).encode()
         if not spelled or header.get("__metadata__") != {"format": "pt"}:
@@ -489,7 +531,7 @@ def _header_problems(out: Canonical) -> list[Problem]:
 
 def _index_problems(out: Canonical) -> list[Problem]:
     """Where the index does not add up; which tensor lies where was compared when OUT was opened."""
-    metadata = read_json(out.directory / INDEX_FILE, INDEX_FILE).get("metadata")
+    metadata = read_json(out.folder / INDEX_FILE, INDEX_FILE).get("metadata")
     total = sum(info.end - info.start for info in out.tensors.values())
     if metadata == {"total_size": total}:
         return []
@@ -536,7 +578,7 @@ class _Recorded(NamedTuple):
 
 def _recorded_digests(out: Canonical, entry: dict[str, Any]) -> list[_Recorded]:
     """What to check of one file: the whole, or its header and each tensor."""
-    file, size = entry["file"], (out.directory / entry["file"]).stat().st_size
+    file, size = entry["file"], (out.folder / entry["file"]).stat().st_size
     if size != entry["size"]:
         raise ConvertError(Problem(file, "", f"{entry['size']} bytes", f"{size}", CHANGED))
     if "tensors_blake3" not in entry:

@@ -7,12 +7,10 @@ largest computed segment.
 
 from __future__ import annotations
 
-import os
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import accumulate, chain
-from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple
 
@@ -24,7 +22,7 @@ from .copying import Sources
 from .layout import copied_ranges
 from .ops import Step, Term, term_nbytes
 from .plan import Plan
-from .source import SourceFile, TensorInfo, regular_file
+from .source import AnyPath, SourceFile, TensorInfo, regular_file
 from .values import Values
 
 
@@ -177,8 +175,8 @@ def view_stored(files: Mapping[str, SourceFile], tensors: Mapping[str, TensorInf
     return View(empty, specs, files, segments)
 
 
-def source_file(directory: Path, name: str) -> SourceFile:
+def source_file(directory: AnyPath, name: str) -> SourceFile:
     """A file of a checkpoint, and how to tell whether it changes.  Raises `ConvertError` when it is no file of its own."""
     path = regular_file(directory, name)
-    found = os.stat(path)
+    found = path.stat()
     return SourceFile(name, path, (found.st_size, found.st_mtime_ns, found.st_ino))

@@ -11,7 +11,7 @@ from typing import NamedTuple
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "errors.md"
 HOLE = "..."
-CODES = {"ConvertError": 1, "UsageError": 2, "MachineError": 3}
+CODES = {"ConvertError": 1, "UsageError": 2, "MachineError": 3, "NetworkError": 3}
 HEAD = """# Errors and remedies
 
 Every error of `qconvert` is one line a problem: `file: tensor: expected E, found F; what to do`. This page lists them all, as
@@ -30,6 +30,9 @@ TITLES = {
     "staging": "Writing OUT",
     "verifier": "Verifying",
     "canonical": "Opening a canonical checkpoint",
+    "errors": "IN that changes",
+    "remote": "Reading IN from a URL",
+    "huggingface": "Reading IN from a Hub",
 }
 
 
