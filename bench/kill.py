@@ -1,6 +1,6 @@
 """SIGKILL at random moments: OUT is absent, or complete and verified; `--resume` completes it, equal to an undisturbed run.
 
-    python -m bench.kill [--kills 200] [--megabytes 600] [--folder DIR]
+    python -m bench.kill [--kills 200] [--seconds 1800] [--megabytes 600] [--folder DIR]
 
 Moments are spread evenly over the time that an undisturbed run takes, the start of the interpreter included.  A run that
 resumes is killed as well, one time in two.  Ends with status 1 at the first OUT that is neither absent nor right.
@@ -38,6 +38,7 @@ def main() -> None:
     """Kill, look, resume, compare; print what was met."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--kills", type=int, default=200)
+    parser.add_argument("--seconds", type=float, default=1800, help="stop after so long")
     parser.add_argument("--megabytes", type=float, default=600)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path, default=None)
@@ -53,7 +54,8 @@ def main() -> None:
         if start(source, clean, *options).wait() or start("verify", source, clean).wait():
             sys.exit("the undisturbed run failed")
         took_s = (time.monotonic() - began) / 2
-        while met["kills"] < args.kills:
+        end = time.monotonic() + args.seconds
+        while met["kills"] < args.kills and time.monotonic() < end:
             shutil.rmtree(out, ignore_errors=True)
             resume: tuple[str, ...] = ()
             while True:
