@@ -270,10 +270,9 @@ def synchronize(device: torch.device) -> None:
 
 
 def seconds(launch: Callable[[], object], device: torch.device, replays: int = REPLAYS) -> float:
-    """Median time of what `launch` does: on CUDA replayed as a graph, after a warm-up."""
+    """Median time of what `launch` does: on CUDA replayed as a graph, after a warm-up; elsewhere once."""
     if device.type != "cuda":
-        launch()
-        return statistics.median(_clock(launch) for _ in range(3))
+        return _clock(launch)
     from runtime.steps import capture
 
     replay = capture(launch, device)
@@ -703,7 +702,7 @@ def time_loading(model: Model, bench: Bench) -> Iterator[Line]:
         if bench.device.type == "cuda":
             torch.cuda.empty_cache()
         used = device_memory() if bench.device.type == "cuda" else 0  # by this process, not by those that follow
-        for run in ("cold", "warm"):
+        for run in ("warm",) if bench.quick else ("cold", "warm"):
             found = start_process(folder, bench.device)
             values = {"to first token s": found["first_s"], "imports s": found["imports_s"], "load s": found["load_s"]}
             values |= {"prefill s": found["prefill_s"], "GB/s": size / found["load_s"] / 1e9}

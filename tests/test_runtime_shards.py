@@ -6,16 +6,20 @@ import json
 import struct
 import threading
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from build import build
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+import convert
 import runtime.shards
+from runtime import loader
 from runtime.errors import LoadError
 from runtime.shards import Copy, Part, Piece, Shard, pieces, stream, stream_to_cuda
 
@@ -241,3 +245,29 @@ def test_streaming_to_a_gpu(stored: dict[str, Tensor], tmp_path: Path, monkeypat
     targets = {name: torch.empty_like(t, device=device) for name, t in stored.items()}
     stream_to_cuda(pieces(shard, targets.items(), 100), device)
     assert all(same(targets[name].cpu(), stored[name]) for name in stored)
+
+
+def test_a_model_is_streamed_into_one_allocation_per_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As to a GPU, here to memory: the parameters are those of a mapped model, aligned, and none lies in another."""
+    build(tmp_path / "in", family="nemotron_h", dialect="compressed-tensors", scheme="fp8_dynamic", kv="tensor")
+    convert.convert_checkpoint(tmp_path / "in", tmp_path / "out")
+    expected, model = runtime.load_model(tmp_path / "out"), runtime.load_model(tmp_path / "out")
+
+    def to_memory(work: Any, device: torch.device) -> None:
+        def copy(parts: list[Part]) -> Any:
+            for target, source in parts:
+                target.copy_(source)
+            return lambda: None
+
+        stream(work, [torch.empty(runtime.shards.PIECE, dtype=torch.uint8) for _ in range(2)], copy)
+
+    monkeypatch.setattr(loader, "stream_to_cuda", to_memory)
+    slots, files = dict(loader._slots(model)), loader._tensor_files(tmp_path / "out")
+    shards = {file: Shard(tmp_path / "out", file) for file in set(files.values())}
+    loader._stream_to_device(files, shards, slots, torch.device("cpu"))
+    found = dict(model.named_parameters())
+    assert all(same(found[name], parameter) for name, parameter in expected.named_parameters())
+    assert len({parameter.untyped_storage().data_ptr() for parameter in found.values()}) == len(shards)
+    places = sorted((parameter.data_ptr(), parameter.nbytes) for parameter in found.values())
+    assert all(start + nbytes <= after for (start, nbytes), (after, _) in pairwise(places))
+    assert {parameter.storage_offset() * parameter.element_size() % 512 for parameter in found.values()} == {0}
