@@ -211,6 +211,27 @@ def test_a_source_that_changes(source: Built, cli: Cli, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_another_plan(plan: convert.JobPlan, tmp_path: Path) -> None:
+    """A plan that IN no longer gives, as after a change of qconvert, is refused by jobs and commit."""
+    other = replace(plan, plan_sha256="0" * 64)
+    for step in (lambda: convert.run_job(other, 0), lambda: convert.commit_jobs(other)):
+        with pytest.raises(convert.MachineError, match="the plan 0000000000000000"):
+            step()
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_lies_about(plan: convert.JobPlan, plain: dict[str, bytes], tmp_path: Path) -> None:
+    """What a killed commit or job left is no part of OUT, nor stays beside it."""
+    run_all(plan)
+    (parts,) = tmp_path.glob(".out.parts-*")
+    (parts / "stray.json").write_text("{}")
+    (parts / "adapter").mkdir()
+    (plan.work / "0.elsewhere.1").mkdir()
+    convert.commit_jobs(plan)
+    assert contents(tmp_path / "out") == plain
+    assert os.listdir(tmp_path) == ["out"]
+
+
 def test_refused_values(make: Callable[..., Built], cli: Cli, tmp_path: Path) -> None:
     """Scales are refused by the plan, which is then not written; codes by the one job that reads them."""
     built = make(family="qwen3", dialect="modelopt", scheme="fp8")
