@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -140,7 +140,8 @@ class CompressedTensors:
         self._dense = DenseTensors(canonical, reader, "F32")
         self._stored = DenseTensors(canonical, reader, "BF16")
         self._floats: dict[str, Float32] = {}
-        self._ends: dict[str, NDArray[np.int64]] = {}
+        self._ends: dict[str, NDArray[np.int64]] = {}  # of each partition of a module: its last row
+        self._above: dict[str, NDArray[np.int64]] = {}  # of each partition of a module: block rows before it
         self.treatments: dict[str, Treatment] = {}  # by the canonical name of each quantised projection
         self.members: dict[Hashable, list[Member]] = defaultdict(list)  # form, or None for what is not quantised
         blocks: dict[str, list[Quantised]] = defaultdict(list)
@@ -174,8 +175,16 @@ class CompressedTensors:
         """The scales of a projection's partitions, one each."""
         name = f"{q.projection.module}.{role}"
         if name not in self._floats:
-            self._floats[name] = self.reader.floats(name)
+            self._floats[name] = self._positive(name)
         return self._floats[name][q.first : q.last]
+
+    def _positive(self, name: str) -> Float32:
+        """A tensor of scales.  Raises `ConvertError` for what can be none: the checkpoint has changed since it was made."""
+        values = self.reader.floats(name)
+        if not (np.isfinite(values) & (values > 0)).all():
+            remedy = "the checkpoint is damaged: run qconvert IN OUT again"
+            raise ConvertError(Problem(self.reader.info(name).file, name, "scales finite and greater than 0", "others", remedy))
+        return values
 
     def _problem(self, q: Quantised, expected: str, found: str, remedy: str) -> None:
         said = (q.projection.placed.name, expected)
@@ -347,7 +356,8 @@ class CompressedTensors:
     def _values(self, q: Quantised) -> Iterator[Float32]:
         """The weight of a projection as float32, in pieces of rows."""
         for first, last in spans(q.projection.start, q.projection.stop, q.spec.shape[1]):
-            yield self.reader.decoded(q.projection.module, q.spec, first, last)
+            with np.errstate(all="ignore"):  # a damaged checkpoint may hold what has no finite product
+                yield self.reader.decoded(q.projection.module, q.spec, first, last)
 
     def outputs(self) -> Iterator[Output]:
         """Every tensor, in the order of the model.  What `requantize` changes is measured as its bytes are read."""
@@ -427,22 +437,32 @@ class CompressedTensors:
         if scheme in ("mxfp8", "mxfp4"):
             return self._copied(suffix, "U8", tensor, p.start, p.stop, columns // MX_GROUP)
         if scheme == "fp8_block":
-            blocks = self._blocks(q, columns)
-            return _small(suffix, "F32", blocks.shape, blocks.tobytes())
+            shape = self._blocks(q, columns).shape  # refused now if at all
+            return Output(suffix, "F32", shape, lambda: (self._blocks(q, columns).tobytes(),))
         if q.spec.scheme == "fp8_channel":
-            values = self.reader.floats(tensor)[p.start : p.stop]
-        elif scheme == "fp8_channel":
-            sizes = [n for _, n in q.spec.partitions[q.first : q.last]]
-            values = np.repeat(self._scales(q, "weight_scale"), sizes)
-        else:
-            return _small(suffix, "F32", (1,), self._scales(q, "weight_scale")[:1].tobytes())
-        return _small(suffix, "F32", (rows, 1), np.ascontiguousarray(values).tobytes())
+            return Output(suffix, "F32", (rows, 1), lambda: (self.reader.stored(tensor, 1, p.start, p.stop),))
+        if scheme == "fp8_channel":
+            return Output(suffix, "F32", (rows, 1), lambda: (self._per_row(q, self._scales(q, "weight_scale")).tobytes(),))
+        return _small(suffix, "F32", (1,), self._scales(q, "weight_scale")[:1].tobytes())
+
+    def _begin(self, q: Quantised) -> int:
+        """The first row of the first of a projection's partitions: its own first one, unless one holds several projections."""
+        return int(self._ends[q.projection.module][q.first - 1]) if q.first else 0
+
+    def _per_row(self, q: Quantised, values: Float32) -> Float32:
+        """One value per partition of a projection -> one per row of it."""
+        p, begin = q.projection, self._begin(q)
+        return np.repeat(values, [n for _, n in q.spec.partitions[q.first : q.last]])[p.start - begin : p.stop - begin]
 
     def _blocks(self, q: Quantised, columns: int) -> Float32:
         """Block scales of a projection whose blocks do not restart at each of its partitions."""
-        p = q.projection
-        stored = self.reader.floats(f"{p.module}.weight_scale").reshape(-1, ceil_div(columns, FP8_BLOCK))
-        of_rows = stored[block_of_rows(q.spec, p.start, p.stop)]
+        p, begin, wide = q.projection, self._begin(q), ceil_div(columns, FP8_BLOCK)
+        if p.module not in self._above:
+            self._above[p.module] = np.cumsum([0, *(ceil_div(n, FP8_BLOCK) for _, n in q.spec.partitions)])
+        above = self._above[p.module]
+        stored = self.reader.rows(f"{p.module}.weight_scale", wide, int(above[q.first]), int(above[q.last])).reshape(-1, wide)
+        own = replace(q.spec, shape=(0, columns), partitions=q.spec.partitions[q.first : q.last])
+        of_rows = stored[block_of_rows(own, p.start - begin, p.stop - begin)]
         blocks = of_rows[::FP8_BLOCK]
         if (np.repeat(blocks, FP8_BLOCK, axis=0)[: len(of_rows)] != of_rows).any():
             self._problem(q, "the same scales in each block of 128 rows", "a partition that ends within one",
@@ -467,11 +487,10 @@ class CompressedTensors:
             yield _small(f"{name}.weight_scale", "F32", (1,), scale.tobytes())
             return
         error = self.changes.errors[f"{name}.weight_packed"]
-        ratio = np.repeat(self._scales(q, "weight_scale_2") / scale, [n for _, n in q.spec.partitions[q.first : q.last]])
+        ratio = self._per_row(q, (self._scales(q, "weight_scale_2") / scale).astype(np.float32))
 
         def new_codes(measured: bool) -> Iterator[tuple[NDArray[np.uint8], NDArray[np.uint8]]]:
-            for first, last in spans(p.start, p.stop, columns):
-                values = self.reader.decoded(p.module, q.spec, first, last)
+            for (first, last), values in zip(spans(p.start, p.stop, columns), self._values(q)):
                 hint = None
                 if not q.spec.pre_quant_scale:
                     stored = self.reader.stored(f"{p.module}.weight_scale", columns // NVFP4_GROUP, first, last)
@@ -487,7 +506,7 @@ class CompressedTensors:
         yield Output(f"{name}.weight_scale", "F8_E4M3", grouped, lambda: (s.tobytes() for _, s in new_codes(False)))
 
     def _kv_scale(self, tensor: str, per_head: bool) -> Output:
-        values = self.reader.floats(tensor)
+        values = self._positive(tensor)
         if per_head:
             heads = int(self.canonical.config.architecture[self.canonical.family.kv_heads])
             values = np.ascontiguousarray(np.broadcast_to(values, (heads,)))

@@ -40,6 +40,7 @@ def to_e4m3(values: Float32) -> Bytes:
     return _signed(_nearest(np.abs(values), _E4M3_CODES), values, 7)
 
 
+@np.errstate(all="ignore")
 def to_nvfp4(values: Float32, scale_2: np.float32, hint: Float32 | None = None) -> tuple[Bytes, Bytes]:
     """Rows of a weight as NVFP4 codes and block scales below a given scale of the whole tensor.
 
@@ -79,6 +80,7 @@ class Error:
     squared: float = 0.0
     largest: float = 0.0
 
+    @np.errstate(all="ignore")
     def add(self, new: Float32, old: Float32) -> None:
         """Compare another piece."""
         difference = new.astype(np.float64) - old

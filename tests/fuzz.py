@@ -302,7 +302,8 @@ def check_canonical(folder: Path, rng: Rng) -> str:
     if rng.random() < 0.5:
         dense = folder.parent / "dense"
         shutil.rmtree(dense, ignore_errors=True)
-        codes.append(run_cli("export", folder, dense))
+        form = rng.choice((["dense"], ["compressed-tensors"], ["compressed-tensors", "--requantize"]))
+        codes.append(run_cli("export", folder, dense, "--to", *form))
         if codes[-1] and dense.exists():
             raise BrokenError("export refused, but its directory is there")
     return "refused" if any(codes) else "accepted"

@@ -18,7 +18,7 @@ import families
 import numpy as np
 import pytest
 import torch
-from build import E2M1, E4M3, RECIPES, Built, Raw, build, edit_tensors, raw, read_json, read_tensors
+from build import E2M1, E4M3, RECIPES, Built, Raw, build, edit_tensors, raw, read_json, read_tensors, safetensors_bytes
 
 import convert
 from convert.requantize import divisor, to_e4m3, to_nvfp4
@@ -322,6 +322,28 @@ def test_blocks_that_cannot_be_split_are_refused(tmp_path: Path) -> None:
     with pytest.raises(convert.ConvertError, match="a partition that ends within one"):
         exported(tmp_path)
     assert not (tmp_path / "ct").exists()
+
+
+@pytest.mark.parametrize("fp8", ["auto", "channel"])
+def test_one_scale_for_gate_and_up(fp8: str, tmp_path: Path) -> None:
+    """A stack that is stored fused has one scale for gate and up of an expert: both projections get it."""
+    made(tmp_path, "qwen3_5_moe", "modelopt", "fp8", {"layout": "X2"})
+    exported(tmp_path, fp8=fp8)
+    convert.convert_checkpoint(tmp_path / "ct", tmp_path / "again")
+    for out in ("out", "again"):
+        convert.export_checkpoint(tmp_path / out, tmp_path / f"{out}-dense")
+    assert read_tensors(tmp_path / "out-dense") == read_tensors(tmp_path / "again-dense")
+
+
+def test_damaged_scales_are_refused(tmp_path: Path) -> None:
+    """A scale that can be none: the checkpoint was damaged after its conversion."""
+    made(tmp_path, "qwen3", "modelopt", "nvfp4", {})
+    path = tmp_path / "out" / "model-00001-of-00001.safetensors"
+    tensors = read_tensors(tmp_path / "out")
+    name = "model.layers.0.self_attn.qkv_proj.weight_scale_2"
+    path.write_bytes(safetensors_bytes(tensors | {name: raw("F32", np.float32([1, 0, 1]))}))
+    with pytest.raises(convert.ConvertError, match=f"{name}: expected scales finite and greater than 0"):
+        exported(tmp_path)
 
 
 def test_experts_per_channel_keep_their_weights(tmp_path: Path) -> None:
