@@ -241,7 +241,7 @@ def cells(root: Node) -> Iterator[Cell]:
         if node.nbytes:
             groups.setdefault(_group(path), []).append((path, node))
     sizes = {key: sum(node.nbytes for _, node in members) for key, members in groups.items()}
-    keys = sorted(groups, key=lambda key: -sizes[key])
+    keys = sorted(groups, key=lambda key: (-sizes[key], [int(s) if s.isdecimal() else -1 for s in key.split(".")]))
     for key, outer in zip(keys, squarify([sizes[key] for key in keys], (0, 0, WIDTH, HEIGHT)), strict=True):
         members = sorted(groups[key], key=lambda pair: -pair[1].nbytes)
         boxes = squarify([node.nbytes for _, node in members], outer)
