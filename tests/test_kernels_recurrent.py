@@ -98,11 +98,11 @@ def test_fla_is_not_needed() -> None:
 # In a layer
 
 DELTA = SimpleNamespace(
-    hidden_size=24, linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=8, linear_value_head_dim=12,
+    hidden_size=24, linear_num_key_heads=1, linear_num_value_heads=2, linear_key_head_dim=8, linear_value_head_dim=12,
     linear_conv_kernel_dim=4, rms_norm_eps=1e-6, output_gate="silu",
 )  # fmt: skip
 MAMBA = SimpleNamespace(
-    hidden_size=24, mamba_num_heads=4, mamba_head_dim=12, ssm_state_size=8, n_groups=2, conv_kernel=4, use_conv_bias=True,
+    hidden_size=24, mamba_num_heads=2, mamba_head_dim=12, ssm_state_size=8, n_groups=2, conv_kernel=4, use_conv_bias=True,
     mamba_bias=False, time_step_limit=(0.0, None), rms_norm_eps=1e-5,
 )  # fmt: skip
 LAYERS = {
