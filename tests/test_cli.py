@@ -19,7 +19,7 @@ Cli = Callable[..., Ran]
 MIXED = {"family": "qwen3_5", "wrapper": True, "mtp": True, "dialect": "modelopt", "scheme": "mixed"}
 FP8 = {"family": "qwen3_5", "dialect": "modelopt", "scheme": "fp8"}
 CT = {"family": "qwen3", "dialect": "compressed-tensors", "scheme": "nvfp4"}
-COMMANDS = ("inspect", "verify", "export")
+COMMANDS = ("inspect", "diff", "verify", "export")
 
 # Runs the command line in a fresh interpreter and prints which of the heavy modules it imported.
 IMPORTED = """
@@ -310,6 +310,7 @@ def test_api_never_prints(make: Callable[..., Built], tmp_path: Path, capfd: pyt
     built = make(**CT)
     convert.plan_conversion(built.directory)
     convert.inspect_checkpoint(built.directory)
+    convert.diff_checkpoints(built.directory, built.directory)
     report = convert.convert_checkpoint(built.directory, tmp_path / "out")
     convert.verify_conversion(built.directory, tmp_path / "out")
     convert.export_checkpoint(tmp_path / "out", tmp_path / "dense", to="dense", dtype="float32")
