@@ -56,7 +56,10 @@ def play(window: int | None, scales: nn.Module | None, calls: int) -> tuple[list
         assert y.dtype == torch.bfloat16
         found.append(torch.cat([row[:, :count].flatten() for row, count in zip(y.float(), counts, strict=True)]))
         state.advance(at.counts)
-    return found, cache
+    state.settle()  # and one more that only the device knows of
+    q, k, v = (torch.randn(3, heads, 1, 16, generator=random).bfloat16() for heads in (4, 2, 2))
+    y = cache.attend(q, k, v, state.place_fixed(torch.tensor([True, False, True])))
+    return [*found, y[0].float(), y[2].float()], cache
 
 
 @pytest.mark.parametrize("scales", [None, owner(False), owner(True)], ids=["bf16", "fp8", "fp8 by head"])
@@ -75,7 +78,7 @@ def test_caches_use_the_table(window: int | None, scales: nn.Module | None, monk
 
     monkeypatch.setattr(attention_decode, "attend_kernel", Counted())
     found, here = play(window, scales, 4)
-    assert len(launches) == 4
+    assert len(launches) == 5
     for y, z in zip(found, expected, strict=True):
         assert (y - z).abs().max() < 0.03 * z.abs().max()  # bfloat16, which the interpreter truncates to
     for name in ("k", "v", "held"):
