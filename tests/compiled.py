@@ -246,6 +246,19 @@ MAMBA_STEP = Build(
 )  # fmt: skip
 
 
+def mxfp8(tokens: int) -> Build:
+    """One form of `mxfp8_linear_kernel`, K = 5120, cut as `SHAPES` says."""
+    pointers = {"x": "bf16", "weight": "f8", "scale": "u8", "out": "bf16", "work": "f32", "count": "i32"}
+    constants = {
+        "K": 5120, "ROWS": 64, "TOKENS": tokens, "SPLIT": 2, "STEPS": 20, "BIAS": False, "INTERPRETED": False, "bias": None,
+    }  # fmt: skip
+    limit = {8: 128, 64: 224}.get(tokens)
+    kernel = "runtime.kernels.mxfp8_linear:mxfp8_linear_kernel"
+    wide = tokens == 64
+    budget = 9.0 if wide else 7.8
+    return Build(f"mxfp8 {tokens} tokens", kernel, pointers, constants, 4 if wide else 2, 4, limit, 64 * 128, budget)
+
+
 def expand(scheme: str, K: int) -> Build:
     """One form of `expand_kernel`."""
     packed, group = scheme in ("nvfp4", "mxfp4"), {"fp8_block": 128, "nvfp4": 16, "mxfp8": 32, "mxfp4": 32}.get(scheme, 8192)
@@ -322,6 +335,9 @@ BUILDS = [
     experts("nvfp4", "down, W4A16, K ends inside a step", 2688, 1856, act=0),
     experts("nvfp4", "first, W4A16", 1024, 2048, 16),
     experts("nvfp4", "first, W4A16", 1024, 2048, 32, budget=5.2),
+    *(mxfp8(tokens) for tokens in (8, 16, 64)),
+    Build("mx quantise", "runtime.kernels.mx_quantize:mx_quantize_kernel", {"x": "bf16", "out": "bf16"},
+          {"K": 5120, "GROUPS": 32, "E2M1": True}),
     *(expand(scheme, 5120) for scheme in ("fp8_tensor", "fp8_channel", "fp8_block", "nvfp4", "mxfp8", "mxfp4")),
     norm("plain", 2048, 0),
     norm("sum and token", 5120, 2, "f8"),

@@ -63,6 +63,8 @@ def random_tensors(spec: ModuleSpec, device: torch.device, seed: int) -> dict[st
             if dtype == torch.float8_e4m3fn:
                 values = torch.where(values & 127 == 127, values ^ 1, values)  # 0x7f and 0xff are NaN
                 values = (values if role == "weight" else values & 127).view(dtype)
+            elif role == "weight_scale":
+                values = values // 16 + 112  # powers of two, from 2**-15 to 1
         tensors[role] = values
     return tensors
 

@@ -71,6 +71,10 @@ ROWS = (
         "two launches for all experts, which are chosen on the device",
     ),
     Row(
+        ("mxfp8",), (FEW,), (None, "mxfp8"), (90, 110), "runtime.kernels.mxfp8_linear",
+        "reads each code once and decodes it in registers",
+    ),
+    Row(
         ("kv bf16", "kv fp8"), (ATTEND,), (None,), (90, 110), "runtime.kernels.attention_decode",
         "reads each key and value once, of as many sequences as there are, whatever their lengths",
     ),
