@@ -153,8 +153,8 @@ def fp8(name: str, tokens: int, block: bool = False, x_scale: int = 0, split: in
     )
 
 
-def nvfp4(name: str, tokens: int, K: int = 5120, split: int = 2, **more: Any) -> Build:
-    """One form of `nvfp4_linear_kernel`, cut as `SHAPES` says."""
+def nvfp4(name: str, tokens: int, K: int = 5120, split: int = 2, mx: bool = False, **more: Any) -> Build:
+    """One form of `nvfp4_linear_kernel`, cut as `SHAPES` says; `mx`: for MXFP4."""
     pointers = {"x": "i32", "weight": "i32", "block_scale": "u8" if K % 64 else "i32", "selectors": "i32", "scale": "f32"}
     pointers |= {"out": "bf16", "work": "f32", "count": "i32"}
     rows = 128 if tokens <= 16 else 64
@@ -162,7 +162,9 @@ def nvfp4(name: str, tokens: int, K: int = 5120, split: int = 2, **more: Any) ->
         "K": K, "ROWS": rows, "TOKENS": tokens, "SPLIT": split, "STEPS": -(-K // (128 * split)), "BIAS": False,
         "INTERPRETED": False, "bias": None,
     }  # fmt: skip
-    name = f"nvfp4 {name}, {tokens} tokens"
+    pointers |= {"offset": "i32"} if mx else {}
+    constants |= {} if mx else {"offset": None}
+    name = f"{'mxfp4' if mx else 'nvfp4'} {name}, {tokens} tokens"
     kernel = "runtime.kernels.nvfp4_linear:nvfp4_linear_kernel"
     return Build(name, kernel, pointers, constants, 2, 4, None, rows * 128, **({"budget": 4.4} | more))
 
@@ -336,6 +338,9 @@ BUILDS = [
     experts("nvfp4", "first, W4A16", 1024, 2048, 16),
     experts("nvfp4", "first, W4A16", 1024, 2048, 32, budget=5.2),
     *(mxfp8(tokens) for tokens in (8, 16, 64)),
+    nvfp4("W4A16", 8, mx=True),
+    nvfp4("W4A16", 16, mx=True),
+    nvfp4("W4A16", 32, mx=True, budget=5.2),
     Build("mx quantise", "runtime.kernels.mx_quantize:mx_quantize_kernel", {"x": "bf16", "out": "bf16"},
           {"K": 5120, "GROUPS": 32, "E2M1": True}),
     *(expand(scheme, 5120) for scheme in ("fp8_tensor", "fp8_channel", "fp8_block", "nvfp4", "mxfp8", "mxfp4")),

@@ -131,6 +131,8 @@ def run_ptx(code: str, *operands: int) -> int:
                 result = a >> b
             case "and.b32":
                 result = a & b
+            case "add.u32":
+                result = a + b
             case "mul.lo.u32":
                 result = a * b
             case "lop3.b32":

@@ -6,16 +6,17 @@ from types import ModuleType
 
 import pytest
 import torch
+from test_kernels import run_ptx
 from test_runtime_layers import awkward_input
 
 pytest.importorskip("triton", reason="triton is not installed")
 
 from runtime.activations import fake_quantize
-from runtime.kernels import mx_quantize, mxfp8_linear, tiles
+from runtime.kernels import mx_quantize, mxfp4_linear, mxfp8_linear, nvfp4_linear, tiles
 from runtime.kernels.cases import Case, make_inputs, make_tensors
 
 CPU = torch.device("cpu")
-MODULES = [mxfp8_linear]
+MODULES = [mxfp8_linear, mxfp4_linear]
 TINY = [(module, case) for module in MODULES for case in module.CASES if case.tiny]
 
 
@@ -52,3 +53,14 @@ def test_mx_quantize_is_exact(kind: str, K: int) -> None:
     x = awkward_input()[:, :K].bfloat16().contiguous()
     found, expected = mx_quantize.quantize(x, kind).float(), fake_quantize(x.float(), kind)
     assert torch.equal(found, torch.where(expected.abs() < torch.finfo(torch.bfloat16).tiny, 0.0, expected))
+
+
+@pytest.mark.parametrize("offset", [0, 119, 230])
+def test_powers_are_those_of_the_assembly(offset: int) -> None:
+    """The instructions that select exponents, executed: two elements, each with an exponent of its own word."""
+    for low, high in ((0, 16), (7, 3), (16, 0)):
+        words = (low | 9 << 8 | 5 << 16 | high << 24, high | 1 << 8 | low << 16 | 2 << 24)
+        for byte in range(4):
+            found = run_ptx(nvfp4_linear.POWERS.value, *words, byte * 0x1111, byte * 0x1111, offset, offset)
+            expected = [((word >> 8 * byte) & 255) + offset << 7 for word in words]
+            assert found == expected[0] | expected[1] << 16

@@ -94,6 +94,11 @@ SCALES = tl.constexpr(
     "shr.u32 t, t, 4; and.b32 t, t, 0x0ff00ff0; mov.b32 c, 0x7f007f00; mul.rn.bf16x2 t, t, c; "
     "mov.b32 c, 0x77807780; mul.rn.bf16x2 $0, t, c; }"
 )
+# The same of 4 exponents in one word, for MXFP4: the power of two 2**(b - 127), times 2**$5.
+POWERS = tl.constexpr(
+    "{ .reg .b32 t, u; prmt.b32 t, $1, $1, $3; prmt.b32 u, $2, $2, $4; prmt.b32 t, t, u, 0x5410; "
+    "shr.u32 t, t, 1; and.b32 t, t, 0x7f807f80; mul.lo.u32 u, $5, 0x800080; add.u32 $0, t, u; }"
+)
 
 
 def e2m1(packed: Tensor) -> Tensor:
@@ -125,6 +130,17 @@ def select_scales(low: tl.tensor, high: tl.tensor, selector: tl.tensor, INTERPRE
         return (byte << 20).to(tl.float32, bitcast=True) * 1.329227995784916e36  # 2**120
     else:
         return tl.inline_asm_elementwise(SCALES, "=r,r,r,r,r,r,r", [low, high, selector], tl.bfloat16, is_pure=True, pack=2)
+
+
+@triton.jit
+def select_powers(word: tl.tensor, selector: tl.tensor, offset: tl.tensor, INTERPRETED: tl.constexpr) -> tl.tensor:
+    """Int32 `[ROWS, 16]` each: 4 exponents per row, the selector of each word, and what is added, to the power of two."""
+    if INTERPRETED:
+        exponent = ((word >> (8 * (selector & 3))) & 255) + offset - 119  # `decode` multiplies by 2**119 less here
+        return (tl.maximum(exponent, 0) << 23).to(tl.float32, bitcast=True)
+    else:
+        operands = [word, selector, offset]
+        return tl.inline_asm_elementwise(POWERS, "=r,r,r,r,r,r,r", operands, tl.bfloat16, is_pure=True, pack=2)
 
 
 @triton.jit
@@ -181,18 +197,20 @@ def load_scales(pointer: tl.tensor, left: tl.tensor, FIRST: tl.constexpr) -> tl.
 def sum_products(
     inputs: tl.tensor, live: tl.tensor, weights: tl.tensor, blocks: tl.tensor, selectors: tl.tensor, first: tl.tensor,
     K: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, SPLIT: tl.constexpr, STEPS: tl.constexpr,
-    INTERPRETED: tl.constexpr,
+    INTERPRETED: tl.constexpr, offset: tl.tensor = None,
 ) -> tl.tensor:  # fmt: skip
     """Float32 `[ROWS, TOKENS]`: 2**-7 times the products of rows and inputs, over the `STEPS` steps of 128 from step `first`.
 
     Pointers to where each row or token begins: `weights` and `blocks` `[ROWS]`, `inputs` `[TOKENS]`, of which those that are
     not `live` count as 0.  `blocks` are words where K is a multiple of 64, else bytes.  Everything that the decoded weights
     depend on is a load or its broadcast: only so does Triton load it from shared memory in the layout of the tensor cores
-    instead of moving decoded weights.
+    instead of moving decoded weights.  `offset`: for MXFP4, int32 `[ROWS, 16]` that is added to the exponents, which take the
+    place of the block scales.
     """
     WORDS: tl.constexpr = 16
     WHOLE: tl.constexpr = SPLIT * STEPS * 128 == K
-    PER_STEP: tl.constexpr = 2 if K % 64 == 0 else 8
+    MX: tl.constexpr = offset is not None
+    PER_STEP: tl.constexpr = (1 if K % 128 == 0 else 4) if MX else (2 if K % 64 == 0 else 8)
     word = tl.arange(0, WORDS)
     weights = weights[:, None] + (first * WORDS + word)[None, :]
     blocks = blocks[:, None] + first * PER_STEP
@@ -204,16 +222,26 @@ def sum_products(
         left = K // 8 - (first + step) * WORDS  # words of K that remain
         if WHOLE:
             w = tl.load(weights)
-            low, high = tl.load(blocks), tl.load(blocks + 1)
+            low = tl.load(blocks)
+            high = low if MX else tl.load(blocks + 1)
         else:
             w = tl.load(weights, mask=(word < left)[None, :], other=0)
-            rest = tl.full((ROWS, 1), 0, tl.int32) + left // 2  # scales of the row that remain
-            if K % 64 == 0:
+            rest = tl.full((ROWS, 1), 0, tl.int32) + left // (4 if MX else 2)  # scales of the row that remain
+            if MX:
+                if K % 128 == 0:
+                    low = tl.load(blocks, mask=rest > 0, other=0)
+                else:
+                    low = load_scales(blocks, rest, 0)
+                high = low
+            elif K % 64 == 0:
                 low, high = tl.load(blocks, mask=rest > 0, other=0), tl.load(blocks + 1, mask=rest > 4, other=0)
             else:
                 low, high = load_scales(blocks, rest, 0), load_scales(blocks, rest, 4)
         low, high = tl.broadcast_to(low, (ROWS, WORDS)), tl.broadcast_to(high, (ROWS, WORDS))
-        scales = select_scales(low, high, selector, INTERPRETED)
+        if MX:
+            scales = select_powers(low, selector, offset, INTERPRETED)
+        else:
+            scales = select_scales(low, high, selector, INTERPRETED)
         for j in tl.static_range(4):
             if WHOLE:
                 pair = tl.load(inputs + j, mask=live, other=0)
@@ -244,8 +272,8 @@ def finish(
 
 @triton.jit
 def nvfp4_linear_kernel(
-    x: tl.tensor, weight: tl.tensor, block_scale: tl.tensor, selectors: tl.tensor, scale: tl.tensor, bias: tl.tensor,
-    out: tl.tensor, work: tl.tensor, count: tl.tensor, M: tl.tensor, N: tl.tensor, out_N: tl.tensor,
+    x: tl.tensor, weight: tl.tensor, block_scale: tl.tensor, selectors: tl.tensor, offset: tl.tensor, scale: tl.tensor,
+    bias: tl.tensor, out: tl.tensor, work: tl.tensor, count: tl.tensor, M: tl.tensor, N: tl.tensor, out_N: tl.tensor,
     K: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, SPLIT: tl.constexpr, STEPS: tl.constexpr,
     BIAS: tl.constexpr, INTERPRETED: tl.constexpr,
 ) -> None:  # fmt: skip
@@ -253,16 +281,19 @@ def nvfp4_linear_kernel(
 
     Int32 words: `x` `[M, K / 2]` pairs of bfloat16, `weight` `[N, K / 8]`, `block_scale` `[N, K / 64]`, or bytes `[N, K / 16]`
     where K is no multiple of 64.  `selectors` `[16]`: for each word of a step, its block four times, one per nibble.
-    `scale`: float32 `[N]`.  Everything that the decoded weights depend on is a load or its broadcast: only so does Triton
-    load it from shared memory in the layout of the tensor cores instead of moving decoded weights.
+    `scale`: float32 `[N]`.  With `offset`, int32 `[16]`, the codes are those of MXFP4 (`mxfp4_linear`).
     """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     row = tl.minimum(row, N - 1).to(tl.int64)  # the last tile repeats a row instead of masking every load
     token = tl.arange(0, TOKENS)
-    words_per_row: tl.constexpr = K // 64 if K % 64 == 0 else K // 16
+    group: tl.constexpr = 16 if offset is None else 32
+    per_row: tl.constexpr = K // group // 4 if K % (4 * group) == 0 else K // group
+    shift = None
+    if offset is not None:
+        shift = tl.broadcast_to(tl.load(offset + tl.arange(0, 16)[None, :]), (ROWS, 16))
     sums = sum_products(
-        x + token * (K // 2), token < M, weight + row * (K // 8), block_scale + row * words_per_row, selectors,
-        tl.program_id(1) * STEPS, K, ROWS, TOKENS, SPLIT, STEPS, INTERPRETED,
+        x + token * (K // 2), token < M, weight + row * (K // 8), block_scale + row * per_row, selectors,
+        tl.program_id(1) * STEPS, K, ROWS, TOKENS, SPLIT, STEPS, INTERPRETED, shift,
     )
     if SPLIT == 1:
         finish(sums, out, scale, bias, M, N, out_N, ROWS, TOKENS, BIAS)
@@ -320,7 +351,7 @@ def prepare(spec: ModuleSpec, tensors: Mapping[str, Tensor]) -> Callable[..., Te
             cut = tiles or tiles_for(name, SHAPES, M, stop - start, K, device)
             nvfp4_linear_kernel[(-(-(stop - start) // cut.rows), cut.split)](
                 inputs.view(torch.int32), words[start:stop], block_scale[start:stop],
-                word_selectors(device), scale[start:stop], None if bias is None else bias[start:stop],
+                word_selectors(device), None, scale[start:stop], None if bias is None else bias[start:stop],
                 result[:, start:stop], workspace(cut, stop - start, device), counters(device), M, stop - start, N,
                 K, cut.rows, cut.tokens, cut.split, cut.steps, bias is not None, INTERPRETED,
                 num_warps=cut.warps, num_stages=cut.stages, maxnreg=cut.registers,

@@ -75,6 +75,10 @@ ROWS = (
         "reads each code once and decodes it in registers",
     ),
     Row(
+        ("mxfp4",), (FEW,), (None, "mxfp4"), (90, 110), "runtime.kernels.mxfp4_linear",
+        "reads each code once and decodes it in registers",
+    ),
+    Row(
         ("kv bf16", "kv fp8"), (ATTEND,), (None,), (90, 110), "runtime.kernels.attention_decode",
         "reads each key and value once, of as many sequences as there are, whatever their lengths",
     ),
