@@ -63,7 +63,7 @@ class JobPlan:
     in_dir, out_dir  absolute paths, the same on every machine
     shard_size, force, hashes  as in `convert_checkpoint`
     plan_sha256      identity of what is written
-    source_files     file of IN -> size and mtime in ns when it was planned
+    source_files     file of IN -> size, mtime in ns and, of a remote one, a number made of its tag, when it was planned
     zeros            zero scales among those that planning has read
     jobs             file of OUT and its size, in bytes; a job's id is its place, from 0
     """
@@ -74,7 +74,7 @@ class JobPlan:
     force: bool
     hashes: bool
     plan_sha256: str
-    source_files: Mapping[str, tuple[int, int]]
+    source_files: Mapping[str, Identity]
     zeros: int
     jobs: Sequence[tuple[str, int]]
 
@@ -115,8 +115,9 @@ class _Prepared:
     digest: str
     before: dict[str, Identity]
 
-    def files(self) -> dict[str, tuple[int, int]]:
-        return {name: (size, mtime_ns) for name, (size, mtime_ns, _) in self.before.items()}
+    def files(self) -> dict[str, Identity]:
+        remote = isinstance(self.plan.source.directory, RemotePath)  # inodes are not the same on every machine
+        return {name: (size, mtime_ns, tag if remote else 0) for name, (size, mtime_ns, tag) in self.before.items()}
 
 
 def _prepare(in_dir: Location, shard_size: int | None) -> _Prepared:
@@ -190,7 +191,7 @@ def read_plan(path: str | os.PathLike[str]) -> JobPlan:
                 Problem(name, "", f"a plan of qconvert {__version__}", f"one of {value['converter']}", f"use that, or {AGAIN}")
             )
         jobs = [(str(job["file"]), int(job["bytes"])) for job in value["jobs"]]
-        files = {str(file): (int(size), int(mtime_ns)) for file, (size, mtime_ns) in value["source_files"].items()}
+        files = {str(name): (int(size), int(mtime), int(tag)) for name, (size, mtime, tag) in value["source_files"].items()}
         shard_size = None if value["shard_size"] is None else int(value["shard_size"])
         return JobPlan(
             str(value["in_dir"]), str(value["out_dir"]), shard_size, bool(value["force"]), bool(value["hashes"]),

@@ -344,6 +344,17 @@ def test_jobs(hub: Hub, expected: dict[str, bytes], tmp_path: Path) -> None:
     assert contents(tmp_path / "out") == expected
 
 
+def test_jobs_of_a_server_that_changes(own_hub: Hub, tmp_path: Path) -> None:
+    """A file of the same size with other content is another file, although a server has no times: its digest tells."""
+    plan = convert.plan_jobs(URL, tmp_path / "out", shard_size=40_000)
+    convert.run_job(plan, 0)
+    file = own_hub.directory / "tokenizer.json"
+    file.write_text(file.read_text()[:-1] + " ")
+    for step in (lambda: convert.run_job(plan, 1), lambda: convert.commit_jobs(plan)):
+        with pytest.raises(convert.MachineError, match=r"tokenizer\.json: .* as it was when planning"):
+            step()
+
+
 # -- fsspec ---------------------------------------------------------------------------------------------------------------
 
 
