@@ -17,6 +17,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import row_scales
 import torch
 from compiled import BUILDS, GENERATIONS, Build, Compiled, take_apart
 from test_runtime_layers import awkward_input, held, random_layer, spec_of
@@ -267,6 +268,7 @@ LAYERS = [
 @pytest.mark.parametrize("spec", LAYERS, ids=lambda spec: spec[0])
 def test_layers_use_the_table(spec: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     """A layer that believes its CPU to be a GPU: few tokens in bfloat16 take the kernel, everything else does not."""
+    row_scales.provide(monkeypatch)
     monkeypatch.setattr(table, "machine", lambda device: Machine(90, True))
     layer = random_layer(spec_of(*spec), bias=True)
     layer.bias = held(torch.linspace(-9, 9, layer.shape[0]).bfloat16())

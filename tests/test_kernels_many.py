@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import row_scales
 import torch
 from test_runtime_layers import random_layer, spec_of
 from torch import Tensor
@@ -57,6 +58,7 @@ MANY = [
 def test_many_tokens_use_the_table(spec: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A layer that believes its CPU to be a GPU, against torch's own arithmetic in float32."""
     *facts, module = spec
+    row_scales.provide(monkeypatch)
     monkeypatch.setattr(table, "machine", lambda device: Machine(90, True))
     monkeypatch.setattr(expand, "AT_ONCE", 10 * facts[2])  # several pieces
     layer = random_layer(spec_of(*facts), bias=True)

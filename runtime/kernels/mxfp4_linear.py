@@ -18,10 +18,11 @@ from torch import Tensor
 
 from runtime.activations import e8m0_table, fake_quantize
 from runtime.format import MX_GROUP, ModuleSpec
+from runtime.kernels import tuned
 from runtime.kernels.cases import Case
 from runtime.kernels.mx_quantize import quantize
 from runtime.kernels.nvfp4_linear import SHAPES, e2m1, nvfp4_linear_kernel
-from runtime.kernels.tiles import INTERPRETED, Tiles, choose_tiles, counters, multiprocessors, workspace
+from runtime.kernels.tiles import INTERPRETED, Tiles, counters, tiles_for, workspace
 
 SCHEMES = ("mxfp4",)
 ACTIVATIONS: tuple[str | None, ...] = (None, "mxfp4")
@@ -55,7 +56,7 @@ def prepare(spec: ModuleSpec, tensors: Mapping[str, Tensor]) -> Callable[..., Te
     largest = scale.max().int().clamp(max=246)  # beyond are numbers from 2**120 on
     offset = (246 - largest).expand(16).contiguous()
     factor = ((largest + 7) << 23).view(torch.float32).expand(N).contiguous()  # 2**(largest - 120)
-    words = tensors["weight"].view(torch.int32)
+    words, name = tensors["weight"].view(torch.int32), tuned.name("mxfp4_linear", spec.scheme, spec.activations)
     exponents = scale.view(torch.int32) if K % 128 == 0 else scale
 
     def linear(x: Tensor, out: Tensor | None = None, tiles: Tiles | None = None, left: object = None) -> Tensor:
@@ -64,7 +65,7 @@ def prepare(spec: ModuleSpec, tensors: Mapping[str, Tensor]) -> Callable[..., Te
         inputs = x if spec.activations is None else quantize(x, spec.activations)
         for first in range(0, len(x), SHAPES[-1].tokens):
             part = inputs[first : first + SHAPES[-1].tokens]
-            cut = tiles or choose_tiles(SHAPES, len(part), N, K, multiprocessors(device))
+            cut = tiles or tiles_for(name, SHAPES, len(part), N, K, device)
             nvfp4_linear_kernel[(-(-N // cut.rows), cut.split)](
                 part.view(torch.int32), words, exponents, word_selectors(device), offset, factor, bias,
                 result[first : first + len(part)], workspace(cut, N, device), counters(device), len(part), N, N,

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from runtime.activations import e8m0_table, fake_quantize
 from runtime.format import MX_GROUP, ModuleSpec
+from runtime.kernels import tuned
 from runtime.kernels.cases import Case
 from runtime.kernels.fp8_linear import finish
 from runtime.kernels.mx_quantize import quantize
@@ -25,10 +26,9 @@ from runtime.kernels.tiles import (
     Shape,
     Tiles,
     add_partials,
-    choose_tiles,
     counters,
     leave_partial,
-    multiprocessors,
+    tiles_for,
     workspace,
 )
 
@@ -104,13 +104,14 @@ def prepare(spec: ModuleSpec, tensors: Mapping[str, Tensor]) -> Callable[..., Te
     N, K = spec.shape
     weight, scale, bias = tensors["weight"], tensors["weight_scale"], tensors.get("bias")
     device = weight.device
+    name = tuned.name("mxfp8_linear", spec.scheme, spec.activations)
 
     def linear(x: Tensor, out: Tensor | None = None, tiles: Tiles | None = None, left: object = None) -> Tensor:
         x = x.contiguous()
         M = len(x)
         result = torch.empty(M, N, dtype=x.dtype, device=device) if out is None else out
         inputs = x if spec.activations is None else quantize(x, spec.activations)
-        cut = tiles or choose_tiles(SHAPES, M, N, K, multiprocessors(device))
+        cut = tiles or tiles_for(name, SHAPES, M, N, K, device)
         mxfp8_linear_kernel[(-(-N // cut.rows), cut.split)](
             inputs, weight, scale, bias, result, workspace(cut, N, device), counters(device), M, N, N, K, cut.rows, cut.tokens,
             cut.split, cut.steps, bias is not None, INTERPRETED,
