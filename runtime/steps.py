@@ -24,6 +24,7 @@ from runtime.models.base import CausalLM
 from runtime.sampling import Picked, Sampling, with_likelihoods
 
 NUMBERS = 64  # random numbers per sequence that are sent to the device at once
+KEPT = 4  # steps that a model keeps for later
 LENGTHS = 256  # a state has room for a multiple of this many tokens, so that a longer answer may use it too
 
 
@@ -212,26 +213,34 @@ def capture(work: Callable[[], object], device: torch.device) -> Callable[[], ob
     return graph.replay
 
 
-_KEPT: weakref.WeakKeyDictionary[CausalLM, Steps] = weakref.WeakKeyDictionary()
+_KEPT: weakref.WeakKeyDictionary[CausalLM, list[Steps]] = weakref.WeakKeyDictionary()
 
 
 def take(model: CausalLM, kind: Kind, max_length: int, user: object) -> Steps:
     """Steps of `kind` for sequences of up to `max_length` tokens, for as long as `user` lives or until `give_back`.
 
-    Each model keeps the last ones, whose graph is recorded; they are taken again when they fit and nobody has them.
-    Raises `MemoryError` where there is no room for their state.
+    Each model keeps a few, whose graphs are recorded; they are taken again when they fit and nobody has them.
+    Raises `MemoryError` where there is no room for their state, even without those that nobody has.
     """
-    kept = _KEPT.get(model)
-    if kept is not None and _is_free(kept):
-        if kept.kind == kind and kept.max_length >= max_length:
-            kept.user = weakref.ref(user)
-            return kept
-        del _KEPT[model], kept  # its memory is needed
-    steps = Steps(model, kind, -(-max_length // LENGTHS) * LENGTHS)
-    steps.user = weakref.ref(user)
-    if model not in _KEPT:
-        _KEPT[model] = steps
-    return steps
+    kept = _KEPT.setdefault(model, [])
+    fitting = [steps for steps in kept if _is_free(steps) and steps.kind == kind and steps.max_length >= max_length]
+    if fitting:
+        found = fitting[0]
+    else:
+        kept[:] = [steps for steps in kept if steps.kind != kind or not _is_free(steps)]  # too short: these take their place
+        length = -(-max_length // LENGTHS) * LENGTHS
+        try:
+            found = Steps(model, kind, length)
+        except MemoryError:
+            kept[:] = [steps for steps in kept if not _is_free(steps)]
+            found = Steps(model, kind, length)
+        idle = [steps for steps in kept if _is_free(steps)]
+        for steps in idle[: max(len(kept) + 1 - KEPT, 0)]:
+            kept.remove(steps)
+        if len(kept) < KEPT:
+            kept.append(found)
+    found.user = weakref.ref(user)
+    return found
 
 
 def give_back(steps: Steps) -> None:

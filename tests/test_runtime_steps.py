@@ -225,6 +225,34 @@ def test_steps_are_kept_for_the_next_answer(one: CausalLM, monkeypatch: pytest.M
     assert made == [256, 256, 512]
     next(Decoding(one, prompts(), GREEDY, 3, fixed=True))
     assert made == [256, 256, 512, 256]
+    assert tokens(draw(one, SAMPLED, True)) == first  # in the longer state
+    assert len(made) == 4
+    for logprobs in range(steps.KEPT):
+        next(Decoding(one, prompts(), GREEDY, 3, logprobs=logprobs, fixed=True))
+    next(Decoding(one, prompts(), GREEDY, 3, logprobs=logprobs, fixed=True))
+    assert len(made) == 4 + steps.KEPT == 4 + len(steps._KEPT[one])
+    several = [Decoding(one, prompts(), GREEDY, 3, fixed=True) for _ in range(2 * steps.KEPT)]
+    assert len({str(list(zip(*(tokens([step])[0] for step in decoding)))) for decoding in several}) == 1
+    for decoding in several:
+        next(decoding, None)
+
+
+def test_steps_that_nobody_has_make_room(one: CausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    gc.collect()
+    steps._KEPT.clear()
+    next(Decoding(one, prompts(), GREEDY, 3, fixed=True))
+    original = one.new_state
+
+    def new_state(*arguments: Any) -> Any:
+        if steps._KEPT[one]:
+            raise MemoryError("expected 1 GB of free memory")
+        return original(*arguments)
+
+    monkeypatch.setattr(one, "new_state", new_state)
+    next(held := Decoding(one, prompts(), SAMPLED, 3, fixed=True))
+    with pytest.raises(MemoryError, match="free memory"):
+        next(Decoding(one, prompts(), GREEDY, 3, fixed=True))
+    assert len(list(held)) == 2
 
 
 def test_a_graph_that_cannot_be_recorded_is_said(one: CausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
