@@ -102,7 +102,7 @@ class Decoding:
         self.sampling = sampling
         self.prompts = prompts
         self.logprobs = logprobs
-        self.eos_ids = frozenset(eos_ids)
+        self._eos_ids = frozenset(eos_ids)
         self.chances = [random.Random(seed) for seed in seeds or sampling.seeds(len(prompts))]
         self._left = [min(limit, positions - len(prompt)) for prompt, limit in zip(prompts, limits, strict=True)]
         self.longest = max(len(prompt) + left for prompt, left in zip(prompts, self._left, strict=True))
@@ -112,8 +112,6 @@ class Decoding:
     def end(self, row: int) -> None:
         """Sequence `row` is not continued any further."""
         self._left[row] = 0
-        if self._source is not None:
-            self._source.end(row)
 
     def __iter__(self) -> Iterator[tuple[Drawn | None, ...]]:
         return self
@@ -129,7 +127,7 @@ class Decoding:
             self._source = (_Fixed if self._fixed else _Eager)(self, seen)
         drawn = self._source.draw(self, self._left)
         for row, one in enumerate(drawn):
-            self._left[row] = max(self._left[row] - 1, 0) if one.token not in self.eos_ids else 0
+            self._left[row] = max(self._left[row] - 1, 0) if one.token not in self._eos_ids else 0
         return tuple(one if alive else None for one, alive in zip(drawn, running, strict=True))
 
     def _tokens_of_prompts(self) -> Tensor:
@@ -161,9 +159,6 @@ class _Eager:
             self._seen[torch.arange(len(tokens)), self._last] = True
         return with_logprobs(self._last, logits, of.logprobs)
 
-    def end(self, row: int) -> None:
-        """Nothing to do: `draw` is told."""
-
 
 class _Fixed:
     """By `Steps`: while results of a step are read, the next one runs."""
@@ -171,7 +166,7 @@ class _Fixed:
     def __init__(self, decoding: Decoding, seen: Tensor | None) -> None:
         self._seen = seen
         self._begun = False
-        kind = kind_of(len(decoding.prompts), decoding.sampling, decoding.eos_ids, decoding.logprobs)
+        kind = kind_of(len(decoding.prompts), decoding.sampling, decoding.logprobs)
         self.steps = take(decoding.model, kind, decoding.longest, self)
 
     def draw(self, of: Decoding, left: Sequence[int]) -> list[Drawn]:
@@ -187,10 +182,6 @@ class _Fixed:
         if steps.ready and any(more > 1 for more in left):  # the first tokens do not wait for a graph to be recorded
             steps.start()
         return drawn_of(steps.receive())[: len(left)]
-
-    def end(self, row: int) -> None:
-        """No more tokens of a sequence."""
-        self.steps.end(row)
 
 
 def check_prompt(ids: Sequence[int], vocabulary: int, positions: int | None) -> None:

@@ -3,7 +3,8 @@
 All that a step depends on lies in tensors of fixed size on the device: tokens, places, how many tokens each sequence may still
 get, the tokens that it has, random numbers.  A step runs the model, chooses tokens and counts them; a sequence that has ended
 is left alone, as are the rows that fill a batch up to a power of two.  So the host may start the next step before it has seen
-what the last one gave, and reads results while the device works.
+what the last one gave, and reads results while the device works.  What ends a sequence before its limit, only the host
+knows: it takes no notice of the tokens that still come.
 
 B rows of a batch, V vocabulary.
 """
@@ -13,7 +14,7 @@ from __future__ import annotations
 import random
 import warnings
 import weakref
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -32,19 +33,17 @@ LENGTHS = 256  # a state has room for a multiple of this many tokens, so that a 
 class Kind:
     """What a graph is made for.
 
-    `rows`: B, a power of two.  `sampling`: without its seed.  `eos_ids`: a sequence ends after one of these.  `logprobs`: as
-    for `Decoding`.
+    `rows`: B, a power of two.  `sampling`: without its seed.  `logprobs`: as for `Decoding`.
     """
 
     rows: int
     sampling: Sampling
-    eos_ids: tuple[int, ...]
     logprobs: int | None
 
 
-def kind_of(count: int, sampling: Sampling, eos_ids: Collection[int] = (), logprobs: int | None = None) -> Kind:
+def kind_of(count: int, sampling: Sampling, logprobs: int | None = None) -> Kind:
     """What `count` sequences need."""
-    return Kind(1 << (count - 1).bit_length(), replace(sampling, seed=None), tuple(sorted(eos_ids)), logprobs)
+    return Kind(1 << (count - 1).bit_length(), replace(sampling, seed=None), logprobs)
 
 
 class Steps:
@@ -64,7 +63,6 @@ class Steps:
         self._turn = torch.zeros(1, dtype=torch.int64, device=device)  # the row of `_numbers` that comes next
         self._numbers = torch.zeros(NUMBERS, rows, dtype=torch.float64, device=device)
         self._seen = torch.zeros(rows, vocabulary, dtype=torch.bool, device=device) if kind.sampling.penalizes else None
-        self._eos = torch.tensor(kind.eos_ids, dtype=torch.int64, device=device)
         self._logits = torch.zeros(rows, vocabulary, device=device)  # of the prompts
         self._results = with_likelihoods(self._tokens.clone(), self._logits, kind.logprobs)
         self._slots = tuple(Slot(self._results) for _ in range(2))
@@ -119,10 +117,6 @@ class Steps:
         self._received += 1
         return found
 
-    def end(self, row: int) -> None:
-        """Draw no more tokens of a sequence after the steps that were started."""
-        self._left[row].zero_()
-
     def _step(self) -> None:
         self._choose(self.model.step(self._tokens, self.state, self._left > 0))
 
@@ -138,7 +132,7 @@ class Steps:
         column = tokens.unsqueeze(-1)
         if self._seen is not None:
             self._seen.scatter_(1, column, self._seen.gather(1, column) | alive.unsqueeze(-1))
-        self._left.sub_(1).clamp_(min=0).masked_fill_((column == self._eos).any(-1), 0)
+        self._left.sub_(1).clamp_(min=0)
         self._tokens.copy_(tokens)
         for result, value in zip(self._results.tensors, with_likelihoods(tokens, logits, self.kind.logprobs).tensors):
             result.copy_(value)
