@@ -290,7 +290,8 @@ def attend_kernel(
             parts = tl.program_id(0).to(tl.int64) * RANGES
             grid = query[:, None] * SIZE + at[None, :]
             sizes = work + tl.num_programs(0).to(tl.int64) * (RANGES * QUERIES * SIZE)  # of all parts, behind their sums
-            tl.store(work + (parts + part) * (QUERIES * SIZE) + grid, sums)
+            asked = (query < G)[:, None]  # what was added to fill the operand is not worth the traffic
+            tl.store(work + (parts + part) * (QUERIES * SIZE) + grid, sums, mask=asked)
             tl.store(sizes + (parts + part) * (2 * QUERIES) + query, m)
             tl.store(sizes + (parts + part) * (2 * QUERIES) + QUERIES + query, length)
             tl.debug_barrier()  # all threads have stored before one of them releases
@@ -310,7 +311,9 @@ def attend_kernel(
                     n = tl.minimum(n, used - 1)
                 part_m = tl.load(sizes + (parts + n) * (2 * QUERIES) + query, cache_modifier=".cg")  # past a stale L1
                 part_length = tl.load(sizes + (parts + n) * (2 * QUERIES) + QUERIES + query, cache_modifier=".cg")
-                part_sums = tl.load(work + (parts + n) * (QUERIES * SIZE) + grid, cache_modifier=".cg")
+                part_sums = tl.load(
+                    work + (parts + n) * (QUERIES * SIZE) + grid, mask=asked, other=0.0, cache_modifier=".cg"
+                )
                 if INTERPRETED:
                     part_m = tl.where(valid, part_m, -float("inf"))
                 highest = tl.maximum(m, part_m)  # finite: the first range has the new token
