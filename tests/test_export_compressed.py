@@ -38,6 +38,8 @@ ROUND_TRIPS = [
       and (family, *recipe) not in SPLIT_BLOCKS),
     ("qwen3_moe", "compressed-tensors", "mxfp4", {}),
     ("nemotron_h", "compressed-tensors", "mxfp8", {}),
+    # Layers of one kind in different forms.
+    ("qwen3", "modelopt", "mixed", {"rules": (("model.layers.0.mlp.*", "fp8"), ("*.mlp.*", "nvfp4"))}),
     # Gate and up of an expert differ in their inputs alone.
     ("qwen3_moe", "modelopt", "mixed", {"rules": (("*.gate_proj", "nvfp4"), ("*.up_proj", "nvfp4_wo"))}),
     ("qwen3_5", "modelopt", "fp8_pb_wo", {"sizes": "aligned"}),
@@ -86,7 +88,8 @@ def test_converting_an_export_again(model: str, dialect: str, scheme: str, optio
     """Export and convert: the same canonical tensors, bit for bit, and the same config; global scales by their reciprocals."""
     made(tmp_path, model, dialect, scheme, options)
     exported(tmp_path, fp8="tensor")
-    convert.convert_checkpoint(tmp_path / "ct", tmp_path / "again")
+    report = convert.convert_checkpoint(tmp_path / "ct", tmp_path / "again")
+    assert not report.contradictions
     before, after = (read_json(tmp_path / out / "config.json") for out in ("out", "again"))
     for config in (before, after):
         config.pop("hf_config")
@@ -274,6 +277,15 @@ def test_experts_of_a_draft_head_are_not_the_trunks(tmp_path: Path) -> None:
     assert engine_scheme(config, "mtp.fc", False) is None
 
 
+def test_transformers_finds_the_experts_group(tmp_path: Path) -> None:
+    """transformers 5.23 takes the first group with a pattern that says "experts", shared ones too: the routed come first."""
+    made(tmp_path, "nemotron_h", "modelopt", "mixed", {})
+    exported(tmp_path)
+    groups = read_json(tmp_path / "ct" / "config.json")["quantization_config"]["config_groups"].values()
+    of_experts = [group for group in groups if any("experts" in target for target in group["targets"])]
+    assert [group["weights"]["num_bits"] for group in of_experts] == [4, 8]
+
+
 # ------------------------------------------------------------------------------------------------- what is not exact
 
 REFUSED = [  # model, dialect, scheme, whether scales are made equal, what the message says
@@ -335,6 +347,27 @@ def test_one_scale_for_gate_and_up(fp8: str, tmp_path: Path) -> None:
     assert read_tensors(tmp_path / "out-dense") == read_tensors(tmp_path / "again-dense")
 
 
+def test_input_scales_of_one_expert(tmp_path: Path) -> None:
+    """Engines refuse gate and up of an expert with different input scales; of plain linears they take the largest."""
+    made(tmp_path, "qwen3_moe", "modelopt", "fp8", {})
+    path = tmp_path / "out" / "model-00001-of-00001.safetensors"
+    tensors = read_tensors(tmp_path / "out")
+    name = "model.layers.0.mlp.experts.gate_up_proj.input_scale"
+    scales = tensors[name].floats().copy()
+    scales[1, 1] *= 2
+    attention = "model.layers.0.self_attn.qkv_proj.input_scale"
+    changed = {name: raw("F32", scales), attention: raw("F32", tensors[attention].floats() * np.float32([1, 2, 1]))}
+    path.write_bytes(safetensors_bytes(tensors | changed))
+    with pytest.raises(convert.ConvertError, match=r"experts\.1\.gate_proj: expected one input scale") as refused:
+        exported(tmp_path)
+    assert len(refused.value.problems) == 1
+    report = exported(tmp_path, requantize=True)
+    gate = "model.layers.0.mlp.experts.1.gate_proj.input_scale"
+    assert [(c["tensor"], c["factor"]) for c in report["requantized"]] == [(gate, 2)]
+    assert read_tensors(tmp_path / "ct")[gate].floats().tolist() == [float(scales[1, 1])]
+    assert any("largest input scale" in note for note in report["notes"])
+
+
 def test_damaged_scales_are_refused(tmp_path: Path) -> None:
     """A scale that can be none: the checkpoint was damaged after its conversion."""
     made(tmp_path, "qwen3", "modelopt", "nvfp4", {})
@@ -342,7 +375,7 @@ def test_damaged_scales_are_refused(tmp_path: Path) -> None:
     tensors = read_tensors(tmp_path / "out")
     name = "model.layers.0.self_attn.qkv_proj.weight_scale_2"
     path.write_bytes(safetensors_bytes(tensors | {name: raw("F32", np.float32([1, 0, 1]))}))
-    with pytest.raises(convert.ConvertError, match=f"{name}: expected scales finite and greater than 0"):
+    with pytest.raises(convert.ConvertError, match=f"{re.escape(name)}: expected scales finite and greater than 0"):
         exported(tmp_path)
 
 
