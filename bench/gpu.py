@@ -92,6 +92,8 @@ class Apart:
     def __init__(self, part: str, bench: Bench, rows: Sequence[Row]) -> None:
         facts = {"part": part, "device": str(bench.device), "tokens": bench.tokens, "quick": bench.quick}
         self._command = [sys.executable, "-m", "bench.gpu", "--child", json.dumps(facts | {"B": bench.copy_bandwidth})]
+        together = ALL[part].workers if part in ALL else 1
+        self._environment = os.environ | {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // together))}
         self._process: subprocess.Popen[str] | None = None
         self._said: queue.Queue[str | None] = queue.Queue()
         self._errors: list[str] = []
@@ -136,7 +138,7 @@ class Apart:
         self._said, self._errors = queue.Queue(), []
         process = subprocess.Popen(
             self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
-            errors="replace",
+            errors="replace", env=self._environment,
         )  # fmt: skip
         said, errors = self._said, self._errors
 

@@ -25,6 +25,7 @@ from bench.gpu_rows import (
     is_linear,
     kernels,
     label,
+    reference_of,
     seconds,
     synchronize,
     weight_bytes,
@@ -110,7 +111,7 @@ def tune(name: str, kernel: ModuleType, case: Case, M: int, bench: Bench) -> Ite
     contents = [make_tensors(case, bench.device, seed) for seed in range(copies)]
     launches = [kernel.prepare(case.spec(), tensors) for tensors in contents]
     x = make_inputs(case, M, bench.device, 0)
-    expected = kernel.reference(x, case.spec(), contents[0])
+    expected = reference_of(kernel, x, case.spec(), contents[0])
 
     def time_of(change: Mapping[str, int]) -> float:
         """Infinite for a cut that is wrong or does not compile."""

@@ -18,7 +18,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 from bench import gpu, gpu_rows, models
 from bench.gpu_rows import Bench, Line, Part, Row
 from runtime.kernels import fp8_linear, nvfp4_linear
-from runtime.kernels.cases import Case
+from runtime.kernels.cases import Case, make_inputs, make_tensors
 from runtime.models import FAMILIES
 
 CPU = torch.device("cpu")
@@ -146,6 +146,15 @@ def test_check_sees_what_is_wrong(kernel: Any, index: int, split: int | None, mo
         kernel, "prepare", lambda spec, tensors: lambda x, out, tiles: prepare(spec, tensors)(x[:1], out[:1], tiles)
     )
     assert not gpu_rows.error_of(kernel, case, 2, CPU, split) < gpu_rows.TOLERANCE  # a row is still NaN
+
+
+@pytest.mark.parametrize("kernel", [fp8_linear, nvfp4_linear])
+def test_references_of_tall_layers_are_made_in_pieces(kernel: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case("", {fp8_linear: "fp8_channel", nvfp4_linear: "nvfp4"}[kernel], (70,), 64, bias=True)
+    tensors, x = make_tensors(case, CPU, 1), make_inputs(case, 3, CPU, 2)
+    expected = kernel.reference(x, case.spec(), tensors)
+    monkeypatch.setattr(gpu_rows, "ROWS_AT_ONCE", 32)
+    assert torch.allclose(gpu_rows.reference_of(kernel, x, case.spec(), tensors), expected, rtol=1e-12)
 
 
 def test_check_counts_nan_as_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
