@@ -13,45 +13,34 @@ from .ops import Step, Term
 from .source import TensorInfo
 
 
-def _head_change(stored: Sequence[str], canonical: Sequence[str]) -> str:
-    """Where two names differ, as `old.* -> new.*`: equal segments at the end are cut, layer numbers become `#`."""
+def _heads(stored: Sequence[str], canonical: Sequence[str]) -> tuple[Sequence[str], Sequence[str]]:
+    """Where two names differ: both without their equal ends, but for the first segment of these where one has no other."""
     same = 0
     while same < min(len(stored), len(canonical)) and stored[-1 - same] == canonical[-1 - same]:
         same += 1
-    old, new = stored[: len(stored) - same], canonical[: len(canonical) - same]
+    if same and same == min(len(stored), len(canonical)):
+        same -= 1  # one name only has a wrapper more: show the part that follows it on both sides
+    return stored[: len(stored) - same], canonical[: len(canonical) - same]
+
+
+def _change(old: Sequence[str], new: Sequence[str]) -> str:
+    """Two heads as `old.* -> new.*`, or without stars where they end alike; layer numbers become `#`."""
     heads = [".".join("#" if s.isdecimal() else s for s in head) for head in (old, new)]
-    if all(heads):
-        return f"{heads[0]}.* -> {heads[1]}.*"
-    # One name only has a wrapper more: show the part that follows it on both sides.
-    part = canonical[len(canonical) - same] if same else ""
-    return " -> ".join(f"{head}.{part}" if head else part for head in heads)
-
-
-def _stem_change(stored: str, canonical: str, known: dict[tuple[str, str], str]) -> str:
-    """`_head_change` for many names: names that go on alike have the change of their stems, which `known` remembers."""
-    old, _, last = stored.rpartition(".")
-    new, _, same = canonical.rpartition(".")
-    if last != same or not old or not new:
-        return _head_change(stored.split("."), canonical.split("."))
-    if (old, new) not in known:
-        known[old, new] = _stem_change(old, new, known)
-    return known[old, new]
+    return " -> ".join(heads if old[-1:] == new[-1:] or not all(heads) else [f"{head}.*" for head in heads])
 
 
 def name_repairs(index: Index) -> list[str]:
     """Changes of names, with the number of tensors that have each."""
     prefixes: Counter[str] = Counter()
-    known: dict[tuple[str, str], str] = {}
     peft = glued = 0
+    old = new = change = ""  # of the last name, which most names share with the one before
     singly = ((stored, canonical, 1) for stored, canonical in index.tensor_names.items())
     together = ((stored, canonical, count) for stored, (canonical, count) in index.module_names.items())
     for name, canonical, count in chain(singly, together):
         if name == canonical:
             continue
-        old, _, last = name.rpartition(".")
-        new, _, same = canonical.rpartition(".")
-        if last == same and (old, new) in known:  # most names: another one beside one that has been seen
-            prefixes[known[old, new]] += count
+        if old and name.startswith(old) and canonical == new + name[len(old) :]:
+            prefixes[change] += count
             continue
         segments = name.split(".")
         if SAVED in segments:
@@ -64,7 +53,10 @@ def name_repairs(index: Index) -> list[str]:
             segments[-1:] = index.joined[segments[-1]]
         stored = ".".join(segments)
         if stored != canonical:
-            prefixes[_stem_change(stored, canonical, known)] += count
+            heads = _heads(segments, canonical.split("."))
+            old, new = (f"{'.'.join(head)}." for head in heads)
+            change = _change(*heads)
+            prefixes[change] += count
     lines = [f"prefix {change} ({count} tensors)" for change, count in sorted(prefixes.items())]
     if peft:
         lines.append(f"{' and '.join(sorted(PEFT_SEGMENTS))} removed from names ({peft} tensors)")
