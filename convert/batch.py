@@ -198,7 +198,7 @@ def _job(entry: Any, place: str, out_dir: str | None) -> Job:
 
 
 def _options() -> list[str]:
-    from .cli import convert_command
+    from .commands.conversion import convert_command
 
     return [str(p.name) for p in convert_command.params if p.name not in NOT_OF_A_JOB]
 
@@ -207,7 +207,7 @@ def _check_options(job: Job) -> None:
     """Let the command line say what is wrong with the options of a job."""
     import click
 
-    from .cli import convert_command
+    from .commands.conversion import convert_command
 
     try:
         convert_command.make_context("convert", job.arguments({})[1:], auto_envvar_prefix="QCONVERT_UNSET")

@@ -1,0 +1,1 @@
+"""The commands of `qconvert`, by what they are for; each imports what it runs when it runs."""
