@@ -76,6 +76,10 @@ class Sources:
         for opened in self._open.values():
             if opened.remote is None:
                 os.close(opened.descriptor)
+        self.give_up()
+
+    def give_up(self) -> None:
+        """End what waits for a network."""
         for remote in remotes(file.path for file in self._files.values()):
             remote.close()
 

@@ -258,6 +258,7 @@ def _execute(run: Run, shards: list[Shard], workers: int, digest: str, before: M
         sha256 = {name: future.result() for name, future in inputs.items()}
     except BaseException:
         run.stop.set()
+        run.sources.give_up()
         raise
     finally:
         pool.shutdown(wait=True, cancel_futures=True)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import mmap
 import random
 import threading
 from collections import deque
@@ -97,7 +98,7 @@ class Remote:
         self._given_up = threading.Event()
         self._pool: ThreadPoolExecutor | None = None
         self._lock = threading.Lock()
-        self.readers = 0
+        self._held = 0
         self.small: dict[str, bytes] = {}
         self.entries = self._listed()
 
@@ -143,7 +144,8 @@ class Remote:
 
     def fetch(self, name: str, start: int, end: int) -> memoryview:
         """Bytes [start, end) of a file, in one request."""
-        view = memoryview(bytearray(end - start))
+        # Memory of its own, which goes back to the system at once; the allocator would keep some for each thread.
+        view = memoryview(mmap.mmap(-1, end - start))
         self.fetch_into(view, name, start)
         return view
 
@@ -156,10 +158,17 @@ class Remote:
         for future in [self.submit(self.fetch_into, view[at : at + PIECE], name, start + at) for at in parts]:
             future.result()
 
-    def count_readers(self, more: int) -> None:
-        """Note how many read ahead, as they share what may be under way."""
+    def take(self, must: bool) -> bool:
+        """Take the room of one piece, which all readers share; one that must have it, gets it."""
         with self._lock:
-            self.readers += more
+            taken = must or self._held < IN_FLIGHT
+            self._held += taken
+            return taken
+
+    def give(self, pieces: int) -> None:
+        """Give the room of pieces back."""
+        with self._lock:
+            self._held -= pieces
 
     def submit(self, function: Callable[..., R], *arguments: Any) -> Future[R]:
         """Let a request be made in another thread."""
@@ -169,16 +178,18 @@ class Remote:
             return self._pool.submit(function, *arguments)
 
     def map(self, function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
-        """`map`, with several calls at a time, and not many results waiting."""
+        """`map`, with several calls at a time, and not many results waiting.  For small ranges, which mostly wait."""
         coming = iter(items)
-        with ThreadPoolExecutor(CONNECTIONS, "remote-map") as pool:
-            try:
-                flying = deque(pool.submit(function, item) for item in islice(coming, 2 * CONNECTIONS))
-                while flying:
-                    yield flying.popleft().result()
-                    flying.extend(pool.submit(function, item) for item in islice(coming, 1))
-            finally:
-                pool.shutdown(wait=False, cancel_futures=True)
+        pool = ThreadPoolExecutor(2 * CONNECTIONS, "remote-map")
+        flying = deque(pool.submit(function, item) for item in islice(coming, 4 * CONNECTIONS))
+        try:
+            while flying:
+                yield flying.popleft().result()
+                flying.extend(pool.submit(function, item) for item in islice(coming, 1))
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+            if flying:  # an error, or nobody wants the rest
+                self.close()
 
     def close(self) -> None:
         """Give up what is under way, and let threads and connections go; the next read starts anew."""
@@ -368,7 +379,6 @@ class ReadAhead:
         self._remote, self._stop = remote, stop
         self._flying: deque[tuple[Range, Future[memoryview]]] = deque()
         self._coming: deque[Range] = deque()
-        remote.count_readers(1)
         self.expect(ranges)
 
     def expect(self, ranges: Iterable[Range]) -> None:
@@ -381,16 +391,15 @@ class ReadAhead:
         """Want nothing any more."""
         self._drop()
         self._coming.clear()
-        self._remote.count_readers(-1)
 
     def _drop(self) -> None:
         for _, future in self._flying:
             future.cancel()
+        self._remote.give(len(self._flying))
         self._flying.clear()
 
     def _refill(self) -> None:
-        room = max(2, IN_FLIGHT // max(1, self._remote.readers))
-        while self._coming and len(self._flying) < room:
+        while self._coming and self._remote.take(must=len(self._flying) < 2):
             request = self._coming.popleft()
             self._flying.append((request, self._remote.submit(self._remote.fetch, *request)))
 
@@ -410,6 +419,7 @@ class ReadAhead:
                 self._coming.popleft()
         for _ in range(passed or 0):
             self._flying.popleft()[1].cancel()
+            self._remote.give(1)
         self._refill()
         return True
 

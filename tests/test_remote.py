@@ -5,6 +5,9 @@ from __future__ import annotations
 import importlib.util
 import json
 import shutil
+import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,7 +15,7 @@ from typing import Any
 
 import pytest
 from build import INDEX, Built, build, edit_json
-from conftest import Ran
+from conftest import ROOT, Ran
 from hub_server import COMMIT, Hub, Request, hub_server
 
 import convert
@@ -215,6 +218,29 @@ def test_fault_in_the_middle(hub: Hub, cli: Cli, expected: dict[str, bytes], tmp
     convert.verify_conversion(URL, tmp_path / "out")
 
 
+@pytest.mark.parametrize("where", ["config.json", "header", "data"])
+def test_interrupt(where: str, hub: Hub, tmp_path: Path) -> None:
+    """An interrupt ends a command that waits for a silent server, before the network's own time is over."""
+    silent = threading.Event()
+
+    def wait(request: Request) -> None:
+        header = request.path.startswith("/large/") and request.span is not None and request.span[0] == 0
+        data = request.path.startswith("/large/") and request.span is not None and request.span[0] > 20_000
+        if request.path.endswith(where) or (where == "header" and header) or (where == "data" and data):
+            silent.set()
+            hub.over.wait(60)
+
+    hub.waiting = wait
+    process = subprocess.Popen(
+        [sys.executable, "-m", "convert", URL, str(tmp_path / "out")], cwd=ROOT, stderr=subprocess.PIPE, text=True
+    )
+    assert silent.wait(60)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=20)
+    assert (process.returncode, "interrupted" in said) == (130, True), said
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("fault", ["other-content", "other-commit"])
 def test_content_that_changed(fault: str, hub: Hub, cli: Cli, tmp_path: Path) -> None:
     """An answer with another ETag or commit than the listing stops everything."""
@@ -314,7 +340,7 @@ def test_urls_of_nothing(url: str, said: str, hub: Hub, cli: Cli, tmp_path: Path
 def test_package_missing(cli: Cli, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """What has to be installed is said."""
     for module, url in (("huggingface_hub", URL), ("fsspec.core", "s3://bucket/folder")):
-        monkeypatch.setitem(__import__("sys").modules, module, None)
+        monkeypatch.setitem(sys.modules, module, None)
         ran = cli(url, tmp_path / "out")
         assert (ran.code, "pip install 'qconvert[remote]'" in ran.err) == (2, True), ran.err
 
