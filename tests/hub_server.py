@@ -140,7 +140,7 @@ class Handler(BaseHTTPRequestHandler):
         shown = (start + 1, end) if fault == "wrong-range" else (start, end)
         total = len(data) + 1 if fault == "grown" else len(data)
         headers["Content-Range"] = f"bytes {shown[0]}-{shown[1] - 1}/{total}"
-        body = data[start:end]
+        body = data[slice(*shown)]
         if fault == "truncated":
             self.close_connection = True
             self._send(206, body, headers, cut=len(body) // 2)
