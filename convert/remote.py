@@ -184,11 +184,12 @@ class Remote:
         flying = deque(pool.submit(function, item) for item in islice(coming, 4 * CONNECTIONS))
         try:
             while flying:
-                yield flying.popleft().result()
+                yield flying[0].result()
+                flying.popleft()
                 flying.extend(pool.submit(function, item) for item in islice(coming, 1))
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
-            if flying:  # an error, or nobody wants the rest
+            if flying:  # an error, an interrupt, or nobody wants the rest
                 self.close()
 
     def close(self) -> None:

@@ -133,8 +133,9 @@ def test_tensors_move_once(hub: Hub, sharded: Built, tmp_path: Path) -> None:
         assert path.stat().st_size <= hub.sent[f"/large/{path.name}"] <= 1.3 * path.stat().st_size
 
 
-def test_requests_overlap(hub: Hub) -> None:
+def test_requests_overlap(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     """Several announced ranges are under way at a time: each answer waits until there are four of them."""
+    monkeypatch.setattr(huggingface, "TIMEOUT_S", 30)
     together = threading.Barrier(4)
     whole = remote.open_url(URL)
     path = max(hub.directory.glob("*.safetensors"), key=lambda p: p.stat().st_size)
