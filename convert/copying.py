@@ -76,12 +76,16 @@ class Sources:
         for opened in self._open.values():
             if opened.remote is None:
                 os.close(opened.descriptor)
-        self.give_up()
+        for remote in remotes(file.path for file in self._files.values()):
+            if error is None:
+                remote.close()
+            else:
+                remote.give_up()
 
     def give_up(self) -> None:
         """End what waits for a network."""
         for remote in remotes(file.path for file in self._files.values()):
-            remote.close()
+            remote.give_up()
 
     def opened(self, name: str) -> _Open:
         """A file of IN, opened when it is first needed."""

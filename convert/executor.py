@@ -14,7 +14,7 @@ import os
 import shutil
 import threading
 from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from .layout import copied_ranges, data_residue
 from .ops import Step
 from .plan import Plan
 from .planner import plan_source
-from .remote import PIECE, RemotePath
+from .remote import PIECE, RemotePath, wait_for
 from .safetensors_writer import header_bytes
 from .source import (
     ADAPTER_CONFIG,
@@ -252,9 +252,10 @@ def _execute(run: Run, shards: list[Shard], workers: int, digest: str, before: M
         zeros = run.values.check(plan)
         inputs = {f.name: hasher.submit(source_digest, f.path, run.stop) for f in source.files.values()} if run.hashes else {}
         written = [pool.submit(run.write_shard, shard) for shard in shards]
-        done, _ = wait(written, return_when=FIRST_EXCEPTION)
-        for future in done:
-            future.result()
+        wait_for(*written)
+        for future in written:
+            if future.done():
+                future.result()
         sha256 = {name: future.result() for name, future in inputs.items()}
     except BaseException:
         run.stop.set()

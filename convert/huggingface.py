@@ -230,13 +230,15 @@ class Connections:
         self._idle: dict[tuple[str, str], list[http.client.HTTPConnection]] = {}
         self._busy: set[http.client.HTTPConnection] = set()
         self._tls: ssl.SSLContext | None = None
+        self._closed = False
 
     def __del__(self) -> None:
         self.close()
 
     def close(self) -> None:
-        """Close everything; requests under way fail."""
+        """Close everything, for good; requests under way fail."""
         with self._lock:
+            self._closed = True
             everything = [*self._busy, *(c for kept in self._idle.values() for c in kept)]
             self._idle.clear()
         for connection in everything:
@@ -272,8 +274,13 @@ class Connections:
         whole = False
         try:
             connection = connection or self._connect(*key)
+            connection.auto_open = 0  # one that `close` has closed stays so
+            if connection.sock is None:
+                connection.connect()
             with self._lock:
                 self._busy.add(connection)
+                if self._closed:
+                    raise FaultError("the work was given up")
             connection.request("GET", target, headers=dict(headers))
             response = connection.getresponse()
             yield response

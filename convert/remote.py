@@ -17,7 +17,7 @@ import random
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from datetime import datetime
 from fnmatch import fnmatchcase
 from itertools import islice
@@ -39,6 +39,7 @@ FIRST_WAIT_S = 0.5  # before the second try; then twice as long each time
 LONGEST_WAIT_S = 30.0
 LONGEST_ASKED_S = 300.0  # that a server can ask for: the Hub counts requests over five minutes
 SMALL = 256 << 10  # bytes of a file that is kept when it has been read
+WAKE_S = 0.5
 SKIPPED = 1000  # announced requests that may turn out not to be wanted, one after another
 
 Range = tuple[str, int, int]  # file, first byte, end
@@ -85,7 +86,7 @@ class Store(Protocol):
         ...
 
     def close(self) -> None:
-        """Give up what is under way."""
+        """Give up what is under way, for good."""
         ...
 
 
@@ -114,8 +115,9 @@ class Remote:
 
     def _patiently(self, attempt: Callable[[], T], name: str, tries: int) -> T:
         """The result of an attempt that may fail for a while.  Raises `NetworkError` when it keeps failing."""
-        given_up = self._given_up
         for number in range(1, tries + 1):
+            if self._given_up.is_set():
+                raise InterruptedError("the work was given up")
             try:
                 return attempt()
             except FaultError as fault:
@@ -126,8 +128,7 @@ class Remote:
                                 "check the network and the server, then run again; a conversion continues with --resume")
                     ) from None  # fmt: skip
                 pause = min(FIRST_WAIT_S * 2 ** (number - 1), LONGEST_WAIT_S) * random.uniform(0.7, 1.3)
-                if given_up.wait(max(pause, fault.after_s)):
-                    raise InterruptedError("the work was given up") from None
+                self._given_up.wait(max(pause, fault.after_s))
         raise AssertionError("unreachable")
 
     def fetch_into(self, view: memoryview, name: str, start: int) -> None:
@@ -181,26 +182,44 @@ class Remote:
         """`map`, with several calls at a time, and not many results waiting.  For small ranges, which mostly wait."""
         coming = iter(items)
         pool = ThreadPoolExecutor(2 * CONNECTIONS, "remote-map")
-        flying = deque(pool.submit(function, item) for item in islice(coming, 4 * CONNECTIONS))
+        done = False
         try:
+            flying = deque(pool.submit(function, item) for item in islice(coming, 4 * CONNECTIONS))
             while flying:
-                yield flying[0].result()
-                flying.popleft()
+                wait_for(flying[0])
+                yield flying.popleft().result()
                 flying.extend(pool.submit(function, item) for item in islice(coming, 1))
+            done = True
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
-            if flying:  # an error, an interrupt, or nobody wants the rest
-                self.close()
+            if not done:  # an error, or an interrupt
+                self.give_up()
 
     def close(self) -> None:
-        """Give up what is under way, and let threads and connections go; the next read starts anew."""
+        """Let the threads go; the next read starts others."""
         with self._lock:
-            given_up, self._given_up = self._given_up, threading.Event()
             pool, self._pool = self._pool, None
-        given_up.set()
         if pool is not None:
             pool.shutdown(wait=False, cancel_futures=True)
+
+    def give_up(self) -> None:
+        """End everything that waits, now and from now on: an interrupt or an error has ended the work."""
+        self._given_up.set()
+        self.close()
         self.store.close()
+
+
+def wait_for(*futures: Future[Any], stop: threading.Event | None = None) -> None:
+    """Return when all are done, or one has failed.  Raises `InterruptedError` when `stop` is set.
+
+    Wakes up now and then: a signal may reach another thread, and then waits until this one goes on.
+    """
+    while True:
+        done, others = wait(futures, WAKE_S, FIRST_EXCEPTION)
+        if not others or any(future.exception() for future in done):
+            return
+        if stop is not None and stop.is_set():
+            raise InterruptedError("the work was given up")
 
 
 def _check_listing(url: str, entries: Mapping[str, Entry]) -> None:
@@ -431,10 +450,7 @@ class ReadAhead:
                 self._remote.read_into(view, name, start)
                 return
             (_, begin, end), future = self._flying[0]
-            while not future.done():
-                if self._stop is not None and self._stop.is_set():
-                    raise InterruptedError("the work was given up")
-                wait([future], timeout=0.5)
+            wait_for(future, stop=self._stop)
             count = min(len(view), end - start)
             view[:count] = future.result()[start - begin : start - begin + count]
             view, start = view[count:], start + count

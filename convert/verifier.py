@@ -382,6 +382,9 @@ def verify_conversion(in_dir: Location, out_dir: str | os.PathLike[str]) -> Veri
         reader = ReadAhead(source.directory.remote, ())
         try:
             return _verify(source, canonical, reader)
+        except BaseException:
+            source.directory.remote.give_up()
+            raise
         finally:
             reader.close()
 
