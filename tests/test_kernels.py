@@ -257,6 +257,15 @@ def test_importing_the_runtime_needs_no_triton() -> None:
     assert run.returncode == 0, run.stderr
 
 
+def test_report_ends_quietly_where_nobody_reads() -> None:
+    read, write = os.pipe()
+    os.close(read)
+    command, root = [sys.executable, "-m", "runtime.kernels"], Path(__file__).parents[1]
+    run = subprocess.run(command, cwd=root, stdout=write, stderr=subprocess.PIPE, check=False)
+    os.close(write)
+    assert (run.returncode, run.stderr) == (0, b"")
+
+
 LAYERS = [
     ("fp8_tensor", (24, 8, 32), 96, "fp8_static", True),
     ("fp8_channel", (70,), 160, None),

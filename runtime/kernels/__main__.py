@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Iterator
 
 import torch
@@ -32,10 +34,14 @@ def _goes_with(activations: str, scheme: str) -> bool:
 
 
 def main() -> None:
-    """Print the report for each GPU, or for the CPU where there is none."""
+    """Print the report for each GPU, or for the CPU where there is none, to as much of the end as is read."""
     devices = [torch.device("cuda", i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
-    for device in devices or [torch.device("cpu")]:
-        print(*lines(machine(device), torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"), sep="\n")
+    try:
+        for device in devices or [torch.device("cpu")]:
+            print(*lines(machine(device), torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"), sep="\n")
+        sys.stdout.flush()
+    except BrokenPipeError:  # as `head` leaves it; what is still to be written goes nowhere, also when Python ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":
