@@ -35,6 +35,7 @@ from torch import Tensor
 
 from bench.models import PUBLISHED, SCHEMES, TINY_ARCHITECTURES, Model, active_weights, make, step_bytes, tiny
 from runtime.format import FP8_MAX, ModuleSpec, module_tensors
+from runtime.kernels import table
 from runtime.kernels.cases import Case, ExpertCase, make_inputs, make_tensors
 
 TOLERANCE = 5e-4  # of the largest result: tensor cores truncate where they add
@@ -102,6 +103,13 @@ def kernels() -> Iterator[tuple[str, ModuleType]]:
             module = importlib.import_module(f"runtime.kernels.{name}")
             if getattr(module, "CASES", ()):
                 yield name, module
+
+
+def kernels_on(device: torch.device) -> list[tuple[str, ModuleType]]:
+    """Those of `kernels` without the ones that call a library for other GPUs than `device`."""
+    at = table.machine(device)
+    left_out = {row.module for row in table.ROWS if row.cuda is not None and table.obstacle(row, at) is not None}
+    return [(name, kernel) for name, kernel in kernels() if kernel.__name__ not in left_out]
 
 
 def modules() -> list[str]:
@@ -240,7 +248,7 @@ def check_rows(bench: Bench) -> list[Row]:
 
         return rows
 
-    found = [(kernel, case) for _, kernel in kernels() for case in kernel.CASES]
+    found = [(kernel, case) for _, kernel in kernels_on(bench.device) for case in kernel.CASES]
     if bench.quick:
         found = [pair for pair in found if pair[1] is pair[0].CASES[0]]
     rows = [Row(label(kernel, case), 12 if case.tiny else 5, run(kernel, case)) for kernel, case in found]
@@ -400,7 +408,7 @@ def launch_line(kernel: ModuleType, case: Any) -> Callable[[Bench], Iterator[Lin
 def kernel_rows(bench: Bench) -> list[Row]:
     """Every case with a published shape."""
     found = []
-    for _, kernel in sorted(kernels(), key=lambda pair: (not is_linear(pair[1].CASES[0]), pair[0])):
+    for _, kernel in sorted(kernels_on(bench.device), key=lambda pair: (not is_linear(pair[1].CASES[0]), pair[0])):
         for case in kernel.CASES:
             if case.tiny != bench.quick:
                 continue

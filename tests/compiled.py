@@ -354,6 +354,8 @@ BUILDS = [
           {"H": 2048, "PER_TOKEN": 8, "STEP": 1024}),
     Build("nvfp4 quantise", "runtime.kernels.nvfp4_quantize:quantize_kernel",
           {"x": "bf16", "out": "bf16", "input_scale": "f32"}, {"K": 5120, "GROUPS": 64, "SHARED": 1, "chosen": None}),
+    Build("nvfp4 quantise, packed", "runtime.kernels.nvfp4_quantize:quantize_packed_kernel",
+          {"x": "bf16", "codes": "u8", "scales": "f8", "input_scale": "f32"}, {"K": 5120, "ROWS": 8, "GROUPS": 8}),
     DELTA_STEP,
     MAMBA_STEP,
     *MAMBA_SCAN,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -75,6 +76,52 @@ def make_inputs(case: Case, M: int, device: torch.device, seed: int) -> Tensor:
     x = torch.randn(M, case.K, generator=random, device=device) * torch.logspace(0, 1, M, device=device)[:, None]
     x[1:2] = 0
     return x.bfloat16()
+
+
+@dataclass(frozen=True, slots=True)
+class ManyCase:
+    """A layer, and numbers of tokens that are many."""
+
+    layer: Case
+    tokens: tuple[int, ...]
+
+    @property
+    def tiny(self) -> bool:
+        """As the layer is."""
+        return self.layer.tiny
+
+    @property
+    def nbytes(self) -> int:
+        """What the largest number of tokens has to move: the stored tensors, bfloat16 inputs and outputs."""
+        spec = self.layer.spec()
+        return sum(tensor.nbytes for tensor in module_tensors(spec).values()) + 2 * max(self.tokens) * sum(spec.shape)
+
+    def __str__(self) -> str:
+        return f"{self.layer}, {max(self.tokens)} tokens"
+
+
+Prepare = Callable[[ModuleSpec, Mapping[str, Tensor]], Callable[..., Tensor] | None]
+Reference = Callable[[Tensor, ModuleSpec, Mapping[str, Tensor]], Tensor]
+
+
+def many_errors(prepare: Prepare, reference: Reference, case: ManyCase, device: torch.device, seed: int) -> dict[str, float]:
+    """Largest error over the largest result, for each number of tokens."""
+    spec, tensors = case.layer.spec(), make_tensors(case.layer, device, seed)
+    linear, found = prepare(spec, tensors), {}
+    assert linear is not None
+    for M in case.tokens:
+        x = make_inputs(case.layer, M, device, seed + M)
+        expected = reference(x, spec, tensors)
+        found[f"M={M}"] = float((linear(x) - expected).abs().max() / expected.abs().max())
+    return found
+
+
+def many_launch(prepare: Prepare, case: ManyCase, device: torch.device, seed: int) -> Callable[[], object]:
+    """The layer with its largest number of tokens, to time."""
+    linear = prepare(case.layer.spec(), make_tensors(case.layer, device, seed))
+    assert linear is not None
+    x = make_inputs(case.layer, max(case.tokens), device, seed)
+    return lambda: linear(x)
 
 
 @dataclass(frozen=True, slots=True)

@@ -40,7 +40,8 @@ class Row:
     `schemes`: of a weight, or how a cache keeps what it keeps.
     `module`: has `prepare`, which returns the function to call; `TORCH` for the layers' own arithmetic.
     `generations`: least compute capability, and the first that is too new, each as major * 10 + minor.  `activations`:
-    the ways of the input that it knows.  `why`: for people.  `package`: of `PACKAGES`, that it needs.
+    the ways of the input that it knows.  `why`: for people.  `package`: of `PACKAGES`, that it needs.  `cuda`: least version
+    of CUDA that torch is built for, where a library of it does the work.
     """
 
     schemes: tuple[str, ...]
@@ -50,6 +51,7 @@ class Row:
     module: str
     why: str
     package: str | None = None
+    cuda: tuple[int, int] | None = None
 
 
 ROWS = (
@@ -114,6 +116,14 @@ ROWS = (
         "FP8 tensor cores with a scale per row; shapes must be multiples of 16, for others the next",
     ),
     Row(
+        ("fp8_block",), (LINEAR,), ("fp8_group", "fp8_group_e8m0"), (90, 100), "runtime.kernels.scaled_mm_block",
+        "FP8 tensor cores with a scale per block; partitions and K must be multiples of 128, for others the next", cuda=(12, 9),
+    ),
+    Row(
+        ("nvfp4",), (LINEAR,), ("nvfp4",), (100, 130), "runtime.kernels.scaled_mm_nvfp4",
+        "FP4 tensor cores; K must be a multiple of 32 and rows of 16, for others the next", cuda=(12, 8),
+    ),
+    Row(
         tuple(SCHEMES), (FEW, LINEAR), (None, *ACTIVATIONS), (89, 130), "runtime.kernels.expand",
         "decodes weights to bfloat16 in one pass, then multiplies",
     ),
@@ -123,21 +133,26 @@ ROWS = (
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """What decides: the compute capability of the GPU (None: no GPU), whether triton can be imported, which packages too."""
+    """What decides: the compute capability of the GPU (None: no GPU), whether triton can be imported, which packages too, and
+    the version of CUDA that torch is built for."""
 
     generation: int | None
     triton: bool
     packages: frozenset[str] = frozenset()
+    cuda: tuple[int, int] = (13, 0)
 
 
 @functools.cache
 def machine(device: torch.device) -> Machine:
     """What `device` is."""
-    generation = None
+    generation, cuda = None, (0, 0)
     if device.type == "cuda" and torch.version.cuda:
         major, minor = torch.cuda.get_device_capability(device)
         generation = major * 10 + minor
-    return Machine(generation, find_spec("triton") is not None, frozenset(name for name in PACKAGES if find_spec(name)))
+        major, minor = (int(part) for part in torch.version.cuda.split(".")[:2])
+        cuda = major, minor
+    packages = frozenset(name for name in PACKAGES if find_spec(name))
+    return Machine(generation, find_spec("triton") is not None, packages, cuda)
 
 
 def choose(scheme: str, activations: str | None, operation: str, at: Machine) -> tuple[Row, tuple[str, ...]]:
@@ -157,6 +172,11 @@ def _problem(row: Row, activations: str | None, at: Machine) -> str | None:
     """Why a row cannot be used, or None."""
     if row.activations is not None and activations not in row.activations:
         return f"does not know input {activations}"
+    return obstacle(row, at)
+
+
+def obstacle(row: Row, at: Machine) -> str | None:
+    """Why a machine cannot use a row, or None."""
     if row.generations is not None:
         low, high = row.generations
         if at.generation is None:
@@ -167,6 +187,8 @@ def _problem(row: Row, activations: str | None, at: Machine) -> str | None:
             return "needs triton, which is not installed"
     if row.package is not None and row.package not in at.packages:
         return f"needs {PACKAGES[row.package]}"
+    if row.cuda is not None and at.cuda < row.cuda:
+        return "needs torch for CUDA {}.{} or newer, this is for {}.{}".format(*row.cuda, *at.cuda)
     return None
 
 
