@@ -5,6 +5,7 @@ No CPU has these matmuls.  What reaches them goes through torch's own checks of 
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import block_scales
@@ -18,6 +19,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 from bench import gpu_rows
 from runtime.activations import fake_quantize
+from runtime.format import ModuleSpec
 from runtime.kernels import expand, nvfp4_quantize, scaled_mm_block, scaled_mm_nvfp4, table
 from runtime.kernels.cases import ManyCase, make_inputs, make_tensors, random_tensors
 from runtime.kernels.fp8_quantize import quantize
@@ -164,3 +166,29 @@ def test_partitions_with_the_same_scales_are_one_call(monkeypatch: pytest.Monkey
 def test_bench_leaves_out_what_this_machine_cannot() -> None:
     names = {name for name, _ in gpu_rows.kernels()} - {name for name, _ in gpu_rows.kernels_on(CPU)}
     assert names == {"scaled_mm_block", "scaled_mm_nvfp4"}
+
+
+def raised(*_: Any) -> dict[str, float]:
+    raise RuntimeError("CUBLAS_STATUS_NOT_SUPPORTED")
+
+
+@pytest.mark.parametrize(
+    ("errors", "good"),
+    [(lambda *_: {"y": 1e-4}, True), (lambda *_: {"y": 0.5}, False), (lambda *_: {"y": float("nan")}, False), (raised, False)],
+    ids=["right", "wrong", "nan", "refused"],
+)
+def test_a_library_is_tried_first(errors: Any, good: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU, a row whose work a library does is used only where the library is right; else the next one serves the layer."""
+    monkeypatch.setattr(scaled_mm_block, "errors", errors)
+    monkeypatch.setattr(table, "machine", lambda device: Machine(90, True, cuda=(13, 0)))
+    table.works.cache_clear()
+    spec = ModuleSpec("fp8_block", (256, 256), (("", 256),), "fp8_group")
+    tensors = {
+        "weight": torch.empty(256, 256, dtype=torch.float8_e4m3fn, device="meta"),
+        "weight_scale": torch.empty(2, 2, device="meta"),
+    }
+    with contextlib.nullcontext() if good else pytest.warns(RuntimeWarning, match="scaled_mm_block is passed over on meta"):
+        linear = table.prepare(LINEAR, spec, "fp8_group", tensors)
+    assert linear is not None
+    assert (linear.__module__ == scaled_mm_block.__name__) is good
+    table.works.cache_clear()

@@ -7,6 +7,7 @@ and is imported only when it is chosen: this file needs neither triton nor a GPU
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from importlib import import_module
@@ -192,6 +193,26 @@ def obstacle(row: Row, at: Machine) -> str | None:
     return None
 
 
+@functools.cache
+def works(module: str, device: torch.device) -> bool:
+    """Whether a library does on `device` what a row takes it for: the module's first tiny case is right.  Warns if it is not.
+
+    What a library supports depends on its version and the GPU, and it says so only when it is called.
+    """
+    kernel = import_module(module)
+    case = next(case for case in kernel.CASES if case.tiny)
+    try:
+        found = kernel.errors(case, device, 0)
+    except RuntimeError as error:
+        problem = " ".join(str(error).split())[:200]
+    else:
+        if all(error <= kernel.TOLERANCE for error in found.values()):  # so NaN does not pass
+            return True
+        problem = f"errors {found}"
+    warnings.warn(f"{module} is passed over on {device}: {problem}", RuntimeWarning, stacklevel=2)
+    return False
+
+
 def module_for(operation: str, scheme: str, device: torch.device) -> ModuleType | None:
     """The module that runs `operation` on `device`; None where torch does."""
     row, _ = choose(scheme, None, operation, machine(device))
@@ -205,9 +226,12 @@ def prepare(
 
     `activations`: those that are used, which may be None where `spec` names some.  `tensors`: by role, as stored, and `bias`.
     """
-    at, function = machine(tensors["weight"].device), None
+    device = tensors["weight"].device
+    at, function = machine(device), None
     for row in ROWS:
         if spec.scheme in row.schemes and operation in row.operations and _problem(row, activations, at) is None:
+            if row.cuda is not None and device.type != "cpu" and not works(row.module, device):
+                continue
             if row.module != TORCH:
                 function = import_module(row.module).prepare(replace(spec, activations=activations), tensors)
             if function is not None or row.module == TORCH:
