@@ -10,7 +10,7 @@ import click
 
 from ..errors import printable
 from ..options import CONTEXT, ENGINES, ByteSize, Directory, emit, events, json_option, log_option, note, progress_bar
-from ..screen import adapter_line, human
+from ..screen import adapter_line, count, human
 
 if TYPE_CHECKING:
     from ..executor import Report
@@ -24,7 +24,7 @@ def _print_plan(plan: Any) -> None:
 
     click.echo(
         f"{plan.config.family}, {plan.dialect} ({printable(plan.producer)}): {len(plan.source.tensors)} tensors -> "
-        f"{len(plan.steps)} tensors, {human(plan.total_bytes)} in {len(plan.shards)} files"
+        f"{len(plan.steps)} tensors, {human(plan.total_bytes)} in {count(len(plan.shards), 'file')}"
     )
     for action, meaning in ACTIONS.items():
         steps = [s for s in plan.steps if plan.action(s) == action]
@@ -131,7 +131,7 @@ def print_report(report: Report, out_dir: str, as_json: bool) -> None:
     if as_json:
         emit(report.to_json())
         return
-    actions = ", ".join(f"{count} {action}" for action, count in report.actions.items())
+    actions = ", ".join(f"{number} {action}" for action, number in report.actions.items())
     click.echo(f"{printable(out_dir)}: {report.tensors} tensors, {human(report.bytes)} ({actions})")
     if "verified" in report.data:
         click.echo(f"verified: {report.verified['elements']} elements equal")
@@ -195,6 +195,7 @@ def export_command(
     if as_json:
         emit(summary)
         return
-    click.echo(f"{printable(dest)}: {summary['tensors']} tensors, {human(summary['bytes'])} in {summary['files']} files")
+    files = count(summary["files"], "file")
+    click.echo(f"{printable(dest)}: {summary['tensors']} tensors, {human(summary['bytes'])} in {files}")
     for group in summary.get("groups", ()):
         click.echo(f"  {group['scheme']}, input {group['activations'] or 'as it is'}: {group['projections']} projections")
