@@ -127,9 +127,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except MemoryError:
+    except (MemoryError, RuntimeError) as error:
+        threads = "start new thread" in str(error)  # Python has no class of its own for it
+        if isinstance(error, RuntimeError) and not threads:
+            raise
+        what = "threads" if threads else "memory"
         remedy = "free some, or take fewer --workers, and run again: with --resume it continues"
-        short = MachineError(Problem("", "", "memory enough for this", "none left", remedy))
+        short = MachineError(Problem("", "", f"{what} enough for this", "none left", remedy))
         log.failed(short)
         if not log.lines:
             click.echo(f"qconvert: {short}", err=True)

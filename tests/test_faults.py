@@ -100,3 +100,19 @@ def test_a_call_fails(
     assert cli(source.directory, out, "--shard-size", SIZE, "--resume").code == 0
     assert contents(out) == clean
     assert beside(out) == []
+
+
+def test_no_more_threads(
+    source: Built, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch  # noqa: F811
+) -> None:
+    """A limit on threads (`ulimit -u`) is one line and exit code 3, and nothing remains."""
+
+    def start(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    ran = cli(source.directory, tmp_path / "out")
+    assert (ran.code, ran.out) == (3, "")
+    assert ran.err.count("\n") == 1
+    assert "threads enough" in ran.err
+    assert list(tmp_path.iterdir()) == []
