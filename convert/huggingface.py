@@ -23,6 +23,7 @@ from urllib.request import getproxies, proxy_bypass
 from .errors import MachineError, Problem, UsageError, changed
 from .limits import MAX_JSON_BYTES
 from .remote import Entry, FaultError
+from .strict_json import parse_json
 
 TIMEOUT_S = 30.0  # without a byte
 REDIRECTS = 5
@@ -91,8 +92,6 @@ class Repository:
         """See `Store`.  The first listing fixes the commit, which cannot change any more."""
         if self._commit:
             return self._entries
-        from .source import parse_json
-
         address = f"{self._endpoint}/api/models/{self._repository}/revision/{quote(self._revision, safe='')}?blobs=true"
         with self._answer(address, {}) as (response, _):
             if response.status in (401, 403, 404):

@@ -6,11 +6,9 @@ beyond it where readers differ (duplicate keys, control characters in names, sha
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import stat
-from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import chain
@@ -28,12 +26,12 @@ from .limits import (
     MAX_JSON_BYTES,
     MAX_METADATA_BYTES,
     MAX_NAME_LENGTH,
-    MAX_NESTING,
     MAX_NUMBER,
     MAX_SIDE_DEPTH,
     MAX_TENSORS,
 )
 from .remote import RemotePath, open_url
+from .strict_json import check_nesting, check_text, no_constant, no_duplicates, no_minus_zero, parse, parse_json
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -123,99 +121,6 @@ class Source:
 
 def _refuse(file: str, tensor: str, expected: str, found: str, remedy: str) -> NoReturn:
     raise ConvertError(Problem(file, tensor, expected, found, remedy))
-
-
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        raise ValueError(f"duplicate key {Counter(k for k, _ in pairs).most_common(1)[0][0]!r}")
-    return result
-
-
-def _no_nan(constant: str) -> float:
-    if constant == "NaN":
-        raise ValueError("NaN, which is not JSON")
-    return float(constant)  # Nemotron-H configs hold a bare Infinity
-
-
-def _no_constant(constant: str) -> NoReturn:
-    raise ValueError(f"{constant}, which is not JSON")
-
-
-def _no_minus_zero(text: str) -> int:
-    if text == "-0":  # 0 to Python, no size to other readers
-        raise ValueError("-0, which is no size")
-    return int(text)
-
-
-def _check_nesting(value: Any, file: str) -> None:
-    """Refuse JSON that is nested deeper than any config, before code that calls itself for each level meets it."""
-    level = [value]
-    for _ in range(MAX_NESTING):
-        level = [inner for outer in level for inner in (outer.values() if isinstance(outer, dict) else outer)
-                 if isinstance(inner, (dict, list))]  # fmt: skip
-        if not level:
-            return
-    _refuse(file, "", f"at most {MAX_NESTING} nested brackets", "more", "the file is damaged: fetch it again")
-
-
-def _check_text(value: Any, file: str) -> None:
-    """Refuse escapes that are half a character, which other readers of safetensors refuse."""
-    try:
-        json.dumps(value, ensure_ascii=False).encode()
-    except (UnicodeEncodeError, RecursionError) as error:
-        _refuse(file, "", "valid JSON", str(error), "the file is damaged: fetch it again")
-
-
-def _count_texts(value: Any) -> int:
-    """How many texts JSON has, keys included."""
-    count, level = 0, [value]
-    while level:
-        inner: list[Any] = []
-        for outer in level:
-            if isinstance(outer, dict):
-                count += len(outer)
-                values: Iterable[Any] = outer.values()
-            else:
-                values = outer
-            for item in values:
-                if isinstance(item, str):
-                    count += 1
-                elif isinstance(item, (dict, list)):
-                    inner.append(item)
-        level = inner
-    return count
-
-
-def parse_json(raw: bytes, file: str) -> dict[str, Any]:
-    """Parse a JSON object strictly: UTF-8 without BOM, no duplicate keys, no NaN, no deep nesting.  Raises `ConvertError`."""
-    # A text takes two quotes.  A key given twice, which is lost in parsing, leaves two more, and each escaped quote one: only
-    # then the slow check is made.
-    value = _parse(raw, file, None, _no_nan)
-    if raw.count(b'"') != 2 * _count_texts(value):
-        value = _parse(raw, file, _no_duplicates, _no_nan)
-    if raw.count(b"[") + raw.count(b"{") > MAX_NESTING:
-        _check_nesting(value, file)
-    return value
-
-
-def _parse(
-    raw: bytes,
-    file: str,
-    pairs: Callable[[list[tuple[str, Any]]], Any] | None,
-    constant: Callable[[str], Any],
-    integer: Callable[[str], int] | None = None,
-) -> dict[str, Any]:
-    """Parse a JSON object."""
-    try:
-        value = json.loads(raw.decode("utf-8"), object_pairs_hook=pairs, parse_constant=constant, parse_int=integer)
-    except RecursionError:
-        _refuse(file, "", "JSON of ordinary depth", "brackets nested too deeply", "the file is damaged: fetch it again")
-    except ValueError as error:
-        _refuse(file, "", "valid JSON", str(error), "the file is damaged: fetch it again")
-    if not isinstance(value, dict):
-        _refuse(file, "", "a JSON object", type(value).__name__, "the file is damaged: fetch it again")
-    return value
 
 
 def located(place: Location) -> AnyPath:
@@ -379,14 +284,14 @@ def read_header(path: AnyPath, file: str) -> list[TensorInfo]:
     # may stand for one, or where a size may be -0, the slow check is made.
     if not raw.startswith(b"{"):
         _refuse(file, "", "a header that begins with {", f"{raw[:20]!r}", damaged)
-    header = _parse(raw, file, None, _no_constant)
+    header = parse(raw, file, None, no_constant)
     quotes = 2 if "__metadata__" in header else 0
     metadata = header.pop("__metadata__", {})
     quotes += 10 * len(header) + (4 * len(metadata) if isinstance(metadata, dict) else 0)
     if raw.count(b'"') != quotes or b"\\" in raw or b"-0" in raw:
-        value = _parse(raw, file, _no_duplicates, _no_constant, _no_minus_zero)
-        _check_nesting(value, file)
-        _check_text(value, file)
+        value = parse(raw, file, no_duplicates, no_constant, no_minus_zero)
+        check_nesting(value, file)
+        check_text(value, file)
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         _refuse(file, "__metadata__", "text values", "something else", damaged)
     if sum(map(len, metadata.values())) > MAX_METADATA_BYTES:

@@ -23,7 +23,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import convert.limits
-from convert.source import parse_json
+from convert.strict_json import parse_json
 
 CORPUS = sorted(fuzz.CORPUS.glob("*.safetensors"))
 SHARED = HealthCheck.function_scoped_fixture
