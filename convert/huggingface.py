@@ -258,6 +258,29 @@ class Connections:
             connection.set_tunnel(host, headers=_proxy_headers(proxy))
         return connection
 
+    def _ask(
+        self, connection: http.client.HTTPConnection, target: str, headers: Mapping[str, str], used: bool
+    ) -> http.client.HTTPResponse | None:
+        """The answer to a GET request; None where a connection that was used before turns out to be closed by the server."""
+        connection.auto_open = 0  # one that `close` has closed stays so
+        if connection.sock is None:
+            connection.connect()
+        with self._lock:
+            self._busy.add(connection)
+            if self._closed:
+                raise FaultError("the work was given up")
+        try:
+            connection.request("GET", target, headers=dict(headers))
+            return connection.getresponse()
+        except ConnectionError:  # also `RemoteDisconnected`
+            with self._lock:
+                self._busy.discard(connection)
+                given_up = self._closed
+            connection.close()
+            if given_up or not used:
+                raise
+            return None
+
     @contextmanager
     def get(self, address: str, headers: Mapping[str, str]) -> Iterator[http.client.HTTPResponse]:
         """The answer to a GET request.  Raises `FaultError` for what the network does, `MachineError` for a bad certificate."""
@@ -267,25 +290,21 @@ class Connections:
         proxy = _proxy(*key) if parts.scheme == "http" else ""
         if proxy:
             target, headers = f"http://{parts.netloc}{target}", {**headers, **_proxy_headers(proxy)}
-        with self._lock:
-            kept = self._idle.get(key)
-            connection = kept.pop() if kept else None
+        connection: http.client.HTTPConnection | None = None
         whole = False
         try:
-            connection = connection or self._connect(*key)
-            connection.auto_open = 0  # one that `close` has closed stays so
-            if connection.sock is None:
-                connection.connect()
-            with self._lock:
-                self._busy.add(connection)
-                if self._closed:
-                    raise FaultError("the work was given up")
-            connection.request("GET", target, headers=dict(headers))
-            response = connection.getresponse()
+            response = None
+            while response is None:
+                with self._lock:
+                    kept = self._idle.get(key)
+                    connection = kept.pop() if kept else None
+                used = connection is not None
+                connection = connection or self._connect(*key)
+                response = self._ask(connection, target, headers, used)
             yield response
             if response.status in MOVED:
                 response.read(64 << 10)
-            whole = response.isclosed()
+            whole = response.isclosed() and not response.length  # it is closed as well when the body was cut short
         except ssl.SSLCertVerificationError as error:
             raise MachineError(
                 Problem(parts.netloc, "", "a certificate that holds", error.verify_message,

@@ -96,6 +96,8 @@ class Handler(BaseHTTPRequestHandler):
             hub.requests.append(request)
         hub.waiting(request)
         fault = hub.fault(request)
+        if fault == "closed later":  # and the client, which keeps the connection, is not told
+            self.close_connection = True
         if fault.isdecimal():
             self._send(int(fault), b"sorry", {"Retry-After": "0"})
             return
@@ -158,6 +160,7 @@ class Server(ThreadingHTTPServer):
     """A server that says nothing of clients that go away."""
 
     daemon_threads = True
+    request_queue_size = 128  # a client that opens many connections at once waits for none
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Nothing."""
