@@ -16,6 +16,8 @@ from typing import Protocol, TypeVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.bias import causal_lower_right
 
 from runtime.format import FP8_MAX
 from runtime.kernels.table import ATTEND, module_for
@@ -245,7 +247,8 @@ class KVCache:
             return _attention(q, k, v, torch.arange(self.spare, device=q.device) <= at.positions.unsqueeze(-1))
         end = min(max(at.starts) + at.length, self.spare)
         k, v = self._load(self.k[:, :end], self.v[:, :end], q.dtype)
-        if at.together and (at.length == 1 or at.starts[0] == 0):
+        shifted = end - at.length if q.dtype != torch.float32 else 0  # flash attention, which needs no mask, takes no float32
+        if at.together and (at.length == 1 or at.starts[0] in (0, shifted)):
             return _attention(q, k, v, None, causal=at.length > 1)
         return _attention(q, k, v, torch.arange(end, device=q.device) <= at.positions.unsqueeze(-1))
 
@@ -309,12 +312,33 @@ class WindowCache(KVCache):
         self.held.fill_(-1)
 
 
+# On a GPU torch 2.11 would rather take cuDNN, which plans each new combination of lengths, for up to half a second.
+BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+
+
 def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool = False) -> Tensor:
-    """`mask`: bool `[B, T, S]`, true where a key is visible."""
-    mask = None if mask is None else mask.unsqueeze(1)
-    return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1]
-    )
+    """`mask`: bool `[B, T, S]`, true where a key is visible.  `causal`: the last of T queries sees all S keys, the one before
+    one less, and so on; where T >= S, query n sees the first n + 1."""
+    grouped, shifted = q.shape[1] != k.shape[1], causal and q.shape[2] < k.shape[2]
+    seen = causal_lower_right(q.shape[2], k.shape[2]) if shifted else None if mask is None else mask.unsqueeze(1)
+    if q.device.type == "cpu":
+        return F.scaled_dot_product_attention(q, k, v, seen, is_causal=causal and not shifted, enable_gqa=grouped)
+    with sdpa_kernel(BACKENDS):
+        if grouped and mask is not None:
+            return _head_by_head(q, k, v, seen)
+        return F.scaled_dot_product_attention(q, k, v, seen, is_causal=causal and not shifted, enable_gqa=grouped)
+
+
+def _head_by_head(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """The same for one KV head after another: no kernel of torch 2.11 takes groups and a mask, and without one all scores
+    are in memory at once, in float32."""
+    size = q.shape[1] // k.shape[1]
+    heads = zip(q.split(size, 1), k.split(1, 1), v.split(1, 1), strict=True)
+    outputs = [
+        F.scaled_dot_product_attention(group, key.expand(-1, size, -1, -1), value.expand(-1, size, -1, -1), mask)
+        for group, key, value in heads
+    ]
+    return torch.cat(outputs, 1)
 
 
 class RecurrentCache:
