@@ -81,8 +81,8 @@ CASES = (
 
 
 def row_partitions(rows: Sequence[int], device: torch.device) -> Tensor:
-    """Int64 `[N]`: the partition of each row."""
-    return torch.repeat_interleave(torch.arange(len(rows), device=device), torch.tensor(rows, device=device))
+    """Int64 `[N]`: the partition of each row.  Made on the host: a GPU would be waited for."""
+    return torch.repeat_interleave(torch.arange(len(rows)), torch.tensor(rows)).to(device)
 
 
 def row_blocks(rows: Sequence[int], device: torch.device) -> Tensor:
