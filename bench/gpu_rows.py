@@ -181,51 +181,18 @@ def errors_of(kernel: ModuleType, case: Any, bench: Bench) -> dict[str, float]:
             for M, split in runs
         }
     if isinstance(case, ExpertCase):
-        ways = [(1, None), (3, None), (8, None), *((T, t) for T in (5, 40) for t in (None, 16, 64))]
-        return {
-            f"T={T}" + (f" blocks of {tokens}" if tokens else ""): expert_error(kernel, case, T, tokens, bench.device)
-            for T, tokens in (ways[:1] if bench.quick else ways)
-        }
+        from runtime.kernels import slots
+
+        plans = expert_plans(kernel)[: 1 if bench.quick else None]
+        return slots.errors(kernel, kernel.reference, case, bench.device, fresh_seed(), plans)
     found: dict[str, float] = kernel.errors(case, bench.device, fresh_seed())
     return found
 
 
-def expert_error(kernel: ModuleType, case: ExpertCase, T: int, tokens: int | None, device: torch.device) -> float:
-    """Largest error of both stages with fresh inputs; `tokens`: width of the blocks, None: each slot by itself."""
-    from runtime.kernels import slots
-    from runtime.kernels.tiles import counters
-
-    linear = importlib.import_module(kernel.__name__.replace("_experts", "_linear")).reference
-    seed = fresh_seed()
-    (first, down), (a, b) = case.specs(), case.tensors(device, seed)
-    run, (chosen, share) = kernel.prepare(first, down, a, b, case.activation()), case.chosen(T, device, seed)
-    blocks = None if tokens is None else slots.sort_slots(chosen, case.E, tokens)
-    random = torch.Generator(device).manual_seed(seed)
-
-    def inputs(rows: int, columns: int) -> Tensor:
-        sizes = torch.logspace(0, 1, rows, device=device)[:, None]
-        return (torch.randn(rows, columns, generator=random, device=device) * sizes).bfloat16()
-
-    def error(found: Tensor, expected: Tensor) -> float:
-        return float((found - expected).abs().max() / expected.abs().max())
-
-    x = inputs(T, case.H)
-    expected = slots.reference(linear, x, chosen, first, a, case.activation())
-    found = torch.full(expected.shape, torch.nan, device=device)
-    run.first(x, slots.Launch(chosen, None, blocks), found)
-    one = error(found, expected)
-    h = inputs(chosen.numel(), case.inner)
-    each = slots.reference(linear, h, chosen, down, b, None)
-    expected = (each.unflatten(0, share.shape) * share.double().unsqueeze(-1)).sum(1)
-    found = torch.full(expected.shape, torch.nan, device=device)
-    if blocks is None:
-        run.down(h, slots.Launch(chosen, share), found)
-    else:
-        parts = torch.full(each.shape, torch.nan, device=device)
-        slots.combine(run.down(h, slots.Launch(chosen, None, blocks), parts), share, found)
-    two = error(found, expected)
-    assert not counters(device).any(), "a counter was left behind"
-    return math.nan if one != one or two != two else max(one, two)
+def expert_plans(kernel: ModuleType) -> list[tuple[int, int | None, None]]:
+    """Numbers of tokens, each with slots of their own or with a width of blocks that the kernel has; cut by default."""
+    blocks = [(T, shape.tokens, None) for shape in kernel.BLOCK_SHAPES for T in (5, 40)]
+    return [*((T, None, None) for T in (1, 3, 8)), *blocks]
 
 
 def check_rows(bench: Bench) -> list[Row]:

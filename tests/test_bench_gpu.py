@@ -17,8 +17,8 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 from bench import gpu, gpu_rows, models
 from bench.gpu_rows import Bench, Line, Part, Row
-from runtime.kernels import fp8_linear, nvfp4_linear
-from runtime.kernels.cases import Case, make_inputs, make_tensors
+from runtime.kernels import fp8_experts, fp8_linear, nvfp4_experts, nvfp4_linear
+from runtime.kernels.cases import Case, ExpertCase, make_inputs, make_tensors
 from runtime.models import FAMILIES
 
 CPU = torch.device("cpu")
@@ -155,6 +155,15 @@ def test_references_of_tall_layers_are_made_in_pieces(kernel: Any, monkeypatch: 
     expected = kernel.reference(x, case.spec(), tensors)
     monkeypatch.setattr(gpu_rows, "ROWS_AT_ONCE", 32)
     assert torch.allclose(gpu_rows.reference_of(kernel, x, case.spec(), tensors), expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize("kernel", [fp8_experts, nvfp4_experts])
+def test_experts_are_checked_in_every_way_that_a_kernel_has(kernel: Any) -> None:
+    case = ExpertCase("", {fp8_experts: "fp8_tensor", nvfp4_experts: "nvfp4"}[kernel], 2, 1, 16, 32, gated=False, tiny=True)
+    found = gpu_rows.errors_of(kernel, case, Bench(CPU))
+    widths = {name.partition(", ")[2].rpartition(",")[0] for name in found}
+    assert widths == {"slots", *(f"blocks of {shape.tokens}" for shape in kernel.BLOCK_SHAPES)}
+    assert max(found.values()) < 1e-5
 
 
 def test_check_counts_nan_as_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
