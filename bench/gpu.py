@@ -17,8 +17,9 @@ was left out is said.  `--device cpu --quick` runs the smallest sizes without a 
 times other ways to cut the linear kernels instead, with a `--budget` of its own, and brings `runtime/kernels/tuned.json` up to
 date.
 
-A table of targets comes last; the same as JSON, with date, hardware, versions and command, goes to `bench/results/`.  Needs
-torch and triton; what else is missing is said.  Exit code 1: something is wrong or failed; 3: no CUDA device.
+A table of targets comes last; the same as JSON, with date, hardware, versions and command, goes to `bench/results/`, line by
+line, so that a run that is ended leaves what it has.  Needs torch and triton; what else is missing is said.  Exit code 1:
+something is wrong or failed; 3: no CUDA device.
 """
 
 from __future__ import annotations
@@ -59,8 +60,8 @@ ROOT = Path(__file__).resolve().parents[1]
 class Worker(Protocol):
     """Runs rows, one at a time."""
 
-    def run(self, index: int, limit_s: float) -> tuple[list[Line], str | None]:
-        """What a row gave; and what is wrong with it or None."""
+    def run(self, index: int, limit_s: float, take: Callable[[Line], object]) -> str | None:
+        """Hand over each line of a row as it comes; what is wrong with the row, or None."""
 
     def close(self) -> None:
         """No more rows."""
@@ -72,15 +73,14 @@ class Here:
     def __init__(self, part: str, bench: Bench, rows: Sequence[Row]) -> None:
         self._bench, self._rows = bench, rows
 
-    def run(self, index: int, limit_s: float) -> tuple[list[Line], str | None]:
+    def run(self, index: int, limit_s: float, take: Callable[[Line], object]) -> str | None:
         """Without a limit of time."""
-        lines: list[Line] = []
         try:
             for line in self._rows[index].run(self._bench):
-                lines.append(line)
+                take(line)
         except Exception as error:
-            return lines, f"{type(error).__name__}: {error}"
-        return lines, None
+            return f"{type(error).__name__}: {error}"
+        return None
 
     def close(self) -> None:
         """Nothing to do."""
@@ -98,11 +98,10 @@ class Apart:
         self._said: queue.Queue[str | None] = queue.Queue()
         self._errors: list[str] = []
 
-    def run(self, index: int, limit_s: float) -> tuple[list[Line], str | None]:
-        """A row that takes longer than `limit_s` is ended together with its process."""
+    def run(self, index: int, limit_s: float, take: Callable[[Line], object]) -> str | None:
+        """A row that takes longer than `limit_s`, or a process that takes as long to begin, is ended, the process too."""
         process = self._process or self._start()
         assert process.stdin is not None
-        lines: list[Line] = []
         until = time.monotonic() + limit_s
         with contextlib.suppress(OSError):
             process.stdin.write(f"{index}\n")
@@ -112,20 +111,23 @@ class Apart:
                 said = self._said.get(timeout=max(until - time.monotonic(), 0.01))
             except queue.Empty:
                 self.close()
-                return lines, f"took more than {limit_s:.0f} s"
+                return f"took more than {limit_s:.0f} s"
             if said is None:
                 code = process.wait()
                 self.close()
-                return lines, f"ended its process with code {code}: {' | '.join(self._errors[-2:])}"
+                return f"ended its process with code {code}: {' | '.join(self._errors[-2:])}"
             if not said.startswith("{"):
                 continue
             data = json.loads(said)
+            if "ready" in data:
+                until = time.monotonic() + limit_s
             if "line" in data:
-                lines.append(Line(**data["line"]))
+                take(Line(**data["line"]))
             if "end" in data:
                 if data["fatal"]:
                     self.close()
-                return lines, data["end"]
+                problem: str | None = data["end"]
+                return problem
 
     def close(self) -> None:
         """End the process."""
@@ -166,6 +168,7 @@ def child(facts: Mapping[str, Any]) -> None:
     rows = ALL[facts["part"]].rows(bench)
     out = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what libraries print is not for the parent
+    out.write(json.dumps({"ready": True}) + "\n")
     for text in sys.stdin:
         problem, fatal = None, False
         try:
@@ -196,6 +199,11 @@ def run_part(
     dropped: list[str] = []
     lock = threading.Lock()
 
+    def take(line: Line) -> None:
+        with lock:
+            bench.lines.append(line)
+            show(line)
+
     def work() -> None:
         worker = workers(name, bench, rows)
         try:
@@ -207,13 +215,13 @@ def run_part(
                     if not clock.has(row.seconds, part.until):
                         dropped.append(f"{name}: {row.name}")
                         continue
-                lines, problem = worker.run(index, min(max(GRACE, 4 * row.seconds), max(clock.left(), 1)))
+                try:
+                    problem = worker.run(index, min(max(GRACE, 4 * row.seconds), max(clock.left(), 1)), take)
+                except Exception as error:  # the rows that follow get another process
+                    worker.close()
+                    problem = f"{type(error).__name__}: {error}"
                 if problem is not None:
-                    lines = [*lines, Line(name, row.name, {"failed": problem.splitlines()[0][:300]}, True)]
-                with lock:
-                    for line in lines:
-                        bench.lines.append(line)
-                        show(line)
+                    take(Line(name, row.name, {"failed": problem.splitlines()[0][:300]}, True))
         finally:
             worker.close()
 
@@ -280,7 +288,7 @@ def versions() -> dict[str, str | None]:
 def record(lines: Sequence[Line], hardware: str, now: datetime.datetime, **more: Any) -> dict[str, Any]:
     """What goes to the JSON file."""
     return {
-        "date": now.isoformat(timespec="seconds"), "hardware": hardware, "versions": versions(), **more,
+        "date": now.isoformat(timespec="seconds"), "hardware": hardware, **more,
         "lines": [finite(asdict(line)) for line in lines],
     }  # fmt: skip
 
@@ -310,7 +318,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.child:
         child(json.loads(options.child))
         return 0
-    clock = Clock(options.budget)
+    clock, now = Clock(options.budget), datetime.datetime.now().astimezone()
     parts = list(tune.PARTS) if options.tune else options.part.split(",")
     if unknown := sorted(set(parts) - set(ALL)):
         parser.error(f"--part: expected of {', '.join(PARTS)}, found {', '.join(unknown)}")
@@ -320,14 +328,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 3
     hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU {platform.machine()}"
     bench = Bench(device, tuple(int(M) for M in options.tokens.split(",")), options.quick)
-    missing = [package for package, found in versions().items() if package in OPTIONAL and found is None]
+    found, took, dropped = versions(), dict[str, float](), list[str]()
+    missing = [package for package in OPTIONAL if found[package] is None]
     print(f"{hardware}; not installed: {', '.join(missing) or 'nothing that could be used'}", file=sys.stderr)
+    command = " ".join(["python -m bench.gpu", *(sys.argv[1:] if arguments is None else arguments)])
+    facts = {"versions": found, "command": command, "missing": missing, "seconds": took, "dropped": dropped}
+    options.results.mkdir(parents=True, exist_ok=True)
+    path = options.results / f"{now:%Y-%m-%d-%H%M%S}-gpu-{hardware.lower().replace(' ', '-')}.json"
+
+    def save() -> None:
+        """What there is so far, whatever ends this process."""
+        part = path.with_suffix(".part")
+        part.write_text(json.dumps(record([*bench.lines, *target_lines(bench.lines)], hardware, now, **facts), indent=1) + "\n")
+        part.replace(path)
+        if options.tune and device.type == "cuda":
+            tune.save(bench.lines, tuned.gpu(device))
 
     def show(line: Line) -> None:
         print(table([line]), file=sys.stderr, flush=True)
+        save()
 
-    dropped: list[str] = []
-    took = {}
     for name in [part for part in ALL if part in parts]:
         began = clock.left()
         dropped += run_part(name, ALL[name], bench, Here if options.in_process else Apart, clock, show)
@@ -335,22 +355,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for line in bench.lines:
             if line.part == "bandwidth" and line.name.endswith("(B)") and "GB/s" in line.values:
                 bench.copy_bandwidth = float(line.values["GB/s"]) * 1e9
-    if options.tune:
-        tune.save(bench.lines, tuned.gpu(device))
+    save()
     wrong = [line for line in bench.lines if line.failed]
-    targets = target_lines(bench.lines)
-    now = datetime.datetime.now().astimezone()
-    command = " ".join(["python -m bench.gpu", *(sys.argv[1:] if arguments is None else arguments)])
-    facts = {"command": command, "missing": missing, "seconds": took, "dropped": dropped}
-    options.results.mkdir(parents=True, exist_ok=True)
-    path = options.results / f"{now.date()}-gpu-{hardware.lower().replace(' ', '-')}.json"
-    path.write_text(json.dumps(record([*bench.lines, *targets], hardware, now, **facts), indent=1) + "\n")
     print(table(bench.lines))
     if dropped:
         print(f"\nno time for {len(dropped)} rows: {'; '.join(dropped)}")
     if wrong:
         print(f"\n{len(wrong)} lines are wrong or failed:\n{table(wrong)}")
-    print(f"\n{table(targets)}")
+    print(f"\n{table(target_lines(bench.lines))}")
     print(f"\n{options.budget - clock.left():.0f} s, of which {', '.join(f'{n} {s:.0f}' for n, s in took.items())}; {path}")
     return 1 if wrong else 0
 

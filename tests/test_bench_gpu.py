@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import json
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -60,9 +61,9 @@ def test_everything_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
 
 def test_processes_of_their_own(tmp_path: Path) -> None:
     bench = Bench(CPU, (1,), quick=True)
-    worker = gpu.Apart("bandwidth", bench, [])
+    worker, lines = gpu.Apart("bandwidth", bench, []), list[Line]()
     try:
-        lines, problem = worker.run(0, 120)
+        problem = worker.run(0, 120, lines.append)
     finally:
         worker.close()
     assert problem is None
@@ -112,6 +113,43 @@ def test_rows_that_fail_leave_the_others(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def _nothing(bench: Bench) -> Iterator[Line]:
     yield Line("p", "nothing", {})
+
+
+class Stopped(BaseException):
+    """What ends the process."""
+
+
+def test_a_run_that_is_ended_keeps_what_it_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the middle of a row."""
+    read: list[Any] = []
+
+    def row(bench: Bench) -> Iterator[Line]:
+        yield Line("p", "first", {"GB/s": 1.0})
+        read.extend(json.loads(file.read_text()) for file in tmp_path.glob("*.json"))
+        raise Stopped
+
+    def end(self: Any, *args: Any) -> None:
+        for line in row(Bench(CPU)):
+            args[-1](line)
+
+    monkeypatch.setattr(gpu.Here, "run", end)
+    monkeypatch.setattr(threading, "excepthook", lambda args: None)
+    gpu.main(["--device", "cpu", "--quick", "--in-process", "--part", "bandwidth", "--results", str(tmp_path)])
+    (data,) = read
+    assert data["lines"][0] == {"part": "p", "name": "first", "values": {"GB/s": 1.0}, "failed": False}
+    assert data["versions"]["python"]
+
+
+def test_a_worker_that_fails_leaves_the_other_rows() -> None:
+    class Broken(gpu.Here):
+        def run(self, index: int, limit_s: float, take: Any) -> str | None:
+            if index == 0:
+                raise OSError("no more processes")
+            return super().run(index, limit_s, take)
+
+    bench = Bench(CPU)
+    gpu.run_part("p", Part(lambda bench: [Row("a", 0, _nothing), Row("b", 0, _nothing)], 1.0), bench, Broken, gpu.Clock(9), id)
+    assert [(line.name, line.failed) for line in bench.lines] == [("a", True), ("nothing", False)]
 
 
 def test_rows_for_which_there_is_no_time_are_said() -> None:
@@ -279,7 +317,8 @@ def test_report() -> None:
         "c         WRONG  RuntimeError: no",
     ]
     lines.append(Line("linear", "d", {"us": float("nan")}))
-    data = json.loads(json.dumps(gpu.record(lines, "a GPU", datetime.datetime(2026, 1, 2, 3, 4, 5)), allow_nan=False))
+    made = gpu.record(lines, "a GPU", datetime.datetime(2026, 1, 2, 3, 4, 5), versions=gpu.versions())
+    data = json.loads(json.dumps(made, allow_nan=False))
     assert data["date"] == "2026-01-02T03:04:05"
     assert data["hardware"] == "a GPU"
     assert torch.__version__.startswith(data["versions"]["torch"])  # without the local part in some builds
