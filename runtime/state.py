@@ -17,7 +17,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.bias import causal_lower_right
 
 from runtime.format import FP8_MAX
 from runtime.kernels.table import ATTEND, module_for
@@ -247,9 +246,10 @@ class KVCache:
             return _attention(q, k, v, torch.arange(self.spare, device=q.device) <= at.positions.unsqueeze(-1))
         end = min(max(at.starts) + at.length, self.spare)
         k, v = self._load(self.k[:, :end], self.v[:, :end], q.dtype)
-        shifted = end - at.length if q.dtype != torch.float32 else 0  # flash attention, which needs no mask, takes no float32
-        if at.together and (at.length == 1 or at.starts[0] in (0, shifted)):
+        if at.together and (at.length == 1 or at.starts[0] == 0):
             return _attention(q, k, v, None, causal=at.length > 1)
+        if at.together and at.starts[0] + at.length == end and _takes_flash(q):
+            return _last_queries(q, k, v)
         return _attention(q, k, v, torch.arange(end, device=q.device) <= at.positions.unsqueeze(-1))
 
     def keep(self, counts: Sequence[int]) -> None:
@@ -317,20 +317,30 @@ BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBacke
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool = False) -> Tensor:
-    """`mask`: bool `[B, T, S]`, true where a key is visible.  `causal`: the last of T queries sees all S keys, the one before
-    one less, and so on; where T >= S, query n sees the first n + 1."""
-    grouped, shifted = q.shape[1] != k.shape[1], causal and q.shape[2] < k.shape[2]
-    seen = causal_lower_right(q.shape[2], k.shape[2]) if shifted else None if mask is None else mask.unsqueeze(1)
+    """`mask`: bool `[B, T, S]`, true where a key is visible."""
+    mask, grouped = None if mask is None else mask.unsqueeze(1), q.shape[1] != k.shape[1]
     if q.device.type == "cpu":
-        return F.scaled_dot_product_attention(q, k, v, seen, is_causal=causal and not shifted, enable_gqa=grouped)
+        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=grouped)
     with sdpa_kernel(BACKENDS):
         if grouped and mask is not None:
-            return _head_by_head(q, k, v, seen)
-        return F.scaled_dot_product_attention(q, k, v, seen, is_causal=causal and not shifted, enable_gqa=grouped)
+            return _head_by_head(q, k, v, mask)
+        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=grouped)
 
 
-def _head_by_head(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """The same for one KV head after another: no kernel of torch 2.11 takes groups and a mask, and without one all scores
+def _takes_flash(q: Tensor) -> bool:
+    """Whether torch has flash attention for such queries."""
+    return q.device.type != "cpu" and q.dtype != torch.float32 and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
+
+
+def _last_queries(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Causal attention of the last T of S places, without a mask.  What torch offers for it, `causal_lower_right`, calls the
+    same operation, and takes a second to import."""
+    y: Tensor = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, True)[0]
+    return y
+
+
+def _head_by_head(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """`_attention` for one KV head after another: no kernel of torch 2.11 takes groups and a mask, and without one all scores
     are in memory at once, in float32."""
     size = q.shape[1] // k.shape[1]
     heads = zip(q.split(size, 1), k.split(1, 1), v.split(1, 1), strict=True)
