@@ -35,7 +35,7 @@ class Sizes:
 
 
 CHUNK = 64  # tokens that one triangular system covers
-SEGMENT = 4096  # tokens whose systems are alive at once: bounds the memory of a long prompt
+SEGMENT = 1024  # tokens whose systems are alive at once: bounds the memory of a long prompt
 
 
 def gated_delta(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor) -> Tensor:
