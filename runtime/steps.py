@@ -202,8 +202,8 @@ def capture(work: Callable[[], object], device: torch.device) -> Callable[[], ob
         work()
     current.wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
-        work()
+    with torch.cuda.stream(current), torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
+        work()  # the outer one because the inner one leaves `side` in place where what it recorded cannot be used
     return graph.replay
 
 
