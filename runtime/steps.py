@@ -11,6 +11,7 @@ B rows of a batch, V vocabulary.
 
 from __future__ import annotations
 
+import functools
 import random
 import warnings
 import weakref
@@ -196,7 +197,7 @@ def capture(work: Callable[[], object], device: torch.device) -> Callable[[], ob
     """
     if device.type != "cuda":
         return work
-    current, side = torch.cuda.current_stream(device), torch.cuda.Stream(device)
+    current, side = torch.cuda.current_stream(device), _recording_stream(device)
     side.wait_stream(current)
     with torch.cuda.stream(side):
         work()
@@ -205,6 +206,12 @@ def capture(work: Callable[[], object], device: torch.device) -> Callable[[], ob
     with torch.cuda.stream(current), torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
         work()  # the outer one because the inner one leaves `side` in place where what it recorded cannot be used
     return graph.replay
+
+
+@functools.cache
+def _recording_stream(device: torch.device) -> torch.cuda.Stream:
+    """The same for all graphs: torch keeps 32 MiB for each stream that it multiplies on."""
+    return torch.cuda.Stream(device)
 
 
 _KEPT: weakref.WeakKeyDictionary[CausalLM, list[Steps]] = weakref.WeakKeyDictionary()
