@@ -216,12 +216,12 @@ def experts(
     return Build(name, kernel, pointers, constants, warps, 4, limit, rows * 128, **({"budget": 7.8 if fp8_ else 4.4} | more))
 
 
-def router(name: str, E: int, H: int, per_token: int, softmax: bool) -> Build:
-    """One form of `router_kernel`."""
+def router(name: str, E: int, H: int, per_token: int, softmax: bool, groups: int = 1) -> Build:
+    """One form of `router_kernel`; of several groups, half are kept."""
     pointers = {"x": "bf16", "weight": "bf16", "logits": "f32", "count": "i32", "chosen": "i64", "weights": "f32"}
     constants = {
-        "H": H, "E": E, "PER_TOKEN": per_token, "SOFTMAX": softmax, "NORMALIZE": True, "GROUPS": 1, "KEPT": 1, "WIDE": E,
-        "TALL": 1, "PLACES": 1 << (per_token - 1).bit_length(), "ROWS": 4, "STEP": 1024,
+        "H": H, "E": E, "PER_TOKEN": per_token, "SOFTMAX": softmax, "NORMALIZE": True, "GROUPS": groups,
+        "KEPT": -(-groups // 2), "WIDE": E // groups, "TALL": groups, "PLACES": 1 << (per_token - 1).bit_length(), "ROWS": 4, "STEP": 1024,
     }  # fmt: skip
     pointers |= {} if softmax else {"bias": "f32"}
     constants |= {"bias": None} if softmax else {}
@@ -350,6 +350,7 @@ BUILDS = [
     norm("sum and NVFP4", 8192, 5, "bf16"),
     router("softmax of 256", 256, 2048, 8, True),
     router("sigmoid of 512", 512, 4096, 22, False),
+    router("sigmoid of 256 in groups", 256, 2048, 8, False, 8),
     Build("sum over experts", "runtime.kernels.slots:combine_kernel", {"parts": "bf16", "share": "f32", "out": "bf16"},
           {"H": 2048, "PER_TOKEN": 8, "STEP": 1024}),
     Build("nvfp4 quantise", "runtime.kernels.nvfp4_quantize:quantize_kernel",

@@ -117,10 +117,10 @@ def choose_experts(
         rank += tl.load(bias + index, mask=real, other=0.0).to(tl.float32)
     rank = tl.where(real, rank, none)
     if KEPT < GROUPS:
-        best = tl.max(rank, 1)
-        total = best
+        highest = tl.max(rank, 1)
+        total = highest
         if E > GROUPS:
-            first = tl.min(tl.where(rank == best[:, None], index, E), 1)
+            first = tl.min(tl.where(rank == highest[:, None], index, E), 1)
             total += tl.max(tl.where(index == first[:, None], none, rank), 1)
         groups = tl.arange(0, TALL)
         kept = tl.zeros((TALL,), tl.int32)
