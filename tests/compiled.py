@@ -221,7 +221,8 @@ def router(name: str, E: int, H: int, per_token: int, softmax: bool, groups: int
     pointers = {"x": "bf16", "weight": "bf16", "logits": "f32", "count": "i32", "chosen": "i64", "weights": "f32"}
     constants = {
         "H": H, "E": E, "PER_TOKEN": per_token, "SOFTMAX": softmax, "NORMALIZE": True, "GROUPS": groups,
-        "KEPT": -(-groups // 2), "WIDE": E // groups, "TALL": groups, "PLACES": 1 << (per_token - 1).bit_length(), "ROWS": 4, "STEP": 1024,
+        "KEPT": -(-groups // 2), "WIDE": E // groups, "TALL": groups, "PLACES": 1 << (per_token - 1).bit_length(),
+        "ROWS": 4, "STEP": 1024,
     }  # fmt: skip
     pointers |= {} if softmax else {"bias": "f32"}
     constants |= {"bias": None} if softmax else {}

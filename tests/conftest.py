@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import os
 import runpy
 import subprocess
@@ -11,6 +12,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +24,45 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
 ROOT = Path(__file__).resolve().parents[1]
+# Fixtures that a script of its own computes, while other tests run: it needs Triton without its interpreter.
+SCRIPTS = {"builds": "compiled.py", "emulated_runs": "emulated.py"}
+_started: dict[str, subprocess.Popen[str]] = {}
 for entry in (str(ROOT), str(ROOT / "tests")):
     if entry not in sys.path:
         sys.path.insert(0, entry)
 
 from build import Built, build  # noqa: E402  (after the path is set)
+
+
+def start_script(fixture: str) -> subprocess.Popen[str]:
+    """The process of a script of `SCRIPTS`, started once."""
+    if fixture not in _started:
+        command = [sys.executable, str(ROOT / "tests" / SCRIPTS[fixture])]
+        env = {**os.environ, "TRITON_INTERPRET": "0"}
+        _started[fixture] = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
+    return _started[fixture]
+
+
+def output_of_script(fixture: str) -> Any:
+    """The JSON that a script of `SCRIPTS` prints."""
+    process = start_script(fixture)
+    out, err = process.communicate()
+    assert process.returncode == 0, err
+    return json.loads(out)
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Start the scripts whose results will be asked for."""
+    if find_spec("triton") is not None and not session.config.option.collectonly:
+        for fixture in SCRIPTS:
+            if any(fixture in getattr(item, "fixturenames", ()) for item in session.items):
+                start_script(fixture)
+
+
+def pytest_sessionfinish() -> None:
+    """Nothing outlives the tests."""
+    for process in _started.values():
+        process.kill()
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,6 @@ float64.  Outputs start as NaN, so an element that is not written shows.
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -20,6 +19,7 @@ import pytest
 import row_scales
 import torch
 from compiled import BUILDS, GENERATIONS, Build, Compiled, take_apart
+from conftest import output_of_script
 from test_runtime_layers import awkward_input, held, random_layer, spec_of
 from torch import Tensor
 
@@ -309,11 +309,7 @@ def test_layers_use_the_table(spec: tuple[Any, ...], monkeypatch: pytest.MonkeyP
 @pytest.fixture(scope="session")
 def builds() -> dict[tuple[str, int], Compiled]:
     """Everything that `compiled.py` compiles, in a process without the interpreter."""
-    env = {**os.environ, "TRITON_INTERPRET": "0"}
-    script = Path(__file__).with_name("compiled.py")
-    run = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, env=env, check=False)
-    assert run.returncode == 0, run.stderr
-    return {(c["name"], c["generation"]): Compiled(**c) for c in json.loads(run.stdout)}
+    return {(c["name"], c["generation"]): Compiled(**c) for c in output_of_script("builds")}
 
 
 @pytest.mark.parametrize("generation", GENERATIONS)

@@ -1,0 +1,57 @@
+"""Kernels as compiled for sm_90, executed on a CPU: codes in bfloat16, inline assembly, layouts of tensor cores, barriers.
+
+`test_kernels*.py` run the same cases in Triton's interpreter, which computes in float32 and one program after another.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+import pytest
+from conftest import output_of_script
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+import emulated
+
+from bench import gpu_rows
+
+TOLERANCE = 1e-5  # sums are rounded once per instruction here; a GPU is allowed more
+
+
+@pytest.fixture(scope="session")
+def emulated_runs() -> dict[str, dict[str, Any]]:
+    """By label what `emulated.py` found."""
+    return {run["name"]: run for run in output_of_script("emulated_runs")}
+
+
+@pytest.mark.parametrize(("label", "name"), [(label, name) for label, name, _ in emulated.cases()])
+def test_compiled_kernels(label: str, name: str, emulated_runs: dict[str, dict[str, Any]]) -> None:
+    """Fresh inputs and poisoned outputs, against float64."""
+    run = emulated_runs[label]
+    assert "fault" not in run, run["fault"]
+    kernel = import_module(f"runtime.kernels.{name}")
+    tolerance = max(TOLERANCE, getattr(kernel, "TOLERANCE", 0.0))
+    assert run["errors"]
+    assert all(error < tolerance for error in run["errors"].values()), run["errors"]  # also where one is NaN
+
+
+SAID = {
+    "reads_beyond": "ld.global.b32 { %r1 }, [ %rd1 + 0 ]: thread 64 of program 1: 4 bytes at x + 768, which has 768 bytes",
+    "writes_beyond": "thread 127 of program 1: 4 bytes at y + 1020, which has 1020 bytes",
+    "writes_elsewhere": "different values at one place",
+    "counts_without_order": "work + 0: warp 0 writes and warp 4 reads it, in no order",
+}
+
+
+@pytest.mark.parametrize("name", emulated.FAULTS)
+def test_faulty_kernels(name: str, emulated_runs: dict[str, dict[str, Any]]) -> None:
+    assert SAID[name] in emulated_runs[name].get("fault", "")
+
+
+def test_the_report_runs_every_kernel() -> None:
+    """`emulated.cases` leaves out only what has no kernel in Triton."""
+    mine = {name for _, name, _ in emulated.cases()}
+    every = {name for name, _ in gpu_rows.kernels()}
+    assert every - mine <= {"gated_delta_fla", "scaled_mm_block", "scaled_mm_nvfp4"}
