@@ -9,7 +9,7 @@ warm       compiles, by several processes, what the next part needs
 decode     models of published dimensions, random weights: steps at batch 1, 8 and 32, prefill, the kernels of a step by time
 load       a checkpoint on disk: rates of reading, copying and both; a new process to its first token; memory
 kernels    each kernel at published shapes, as bytes per second and as a share of B, over more copies than the L2 cache holds
-prefill    layers with 4096 tokens, against `torch._scaled_mm` alone
+layers     layers with 4096 tokens, against `torch._scaled_mm` alone
 
 Each part runs in processes of its own.  A row that fails, ends its process or takes too long is reported as failed, and the
 next row goes on in a new process.  No row begins that would end after the share of `--budget` seconds that its part has: what
@@ -339,7 +339,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     def save() -> None:
         """What there is so far, whatever ends this process."""
         part = path.with_suffix(".part")
-        part.write_text(json.dumps(record([*bench.lines, *target_lines(bench.lines)], hardware, now, **facts), indent=1) + "\n")
+        lines = [*bench.lines, *target_lines(bench.lines, dropped)]
+        part.write_text(json.dumps(record(lines, hardware, now, **facts), indent=1) + "\n")
         part.replace(path)
         if options.tune and device.type == "cuda":
             tune.save(bench.lines, tuned.gpu(device))
@@ -362,7 +363,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"\nno time for {len(dropped)} rows: {'; '.join(dropped)}")
     if wrong:
         print(f"\n{len(wrong)} lines are wrong or failed:\n{table(wrong)}")
-    print(f"\n{table(target_lines(bench.lines))}")
+    print(f"\n{table(target_lines(bench.lines, dropped))}")
     print(f"\n{options.budget - clock.left():.0f} s, of which {', '.join(f'{n} {s:.0f}' for n, s in took.items())}; {path}")
     return 1 if wrong else 0
 
