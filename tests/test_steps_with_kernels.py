@@ -104,3 +104,17 @@ def test_prompts_stay_on_the_device(family: str, scheme: str) -> None:
         assert hidden.device == META
     assert model.logits(hidden[:, -1]).shape == (2, model.architecture.vocab_size)
     assert state.lengths == [203, 90]
+
+
+# Family -> norms whose output some quantised layer takes as it is: of each attention, recurrence, dense MLP and shared expert.
+NORMS = {"qwen3_moe": 4 + 2, "qwen3_5": 8, "qwen3_5_moe": 8, "nemotron_h": 5, "step3_text": 8, "step3p5": 8}
+
+
+@pytest.mark.parametrize("family", NORMS)
+def test_norms_quantise_for_whoever_takes_their_output(family: str, launches: list[Any]) -> None:
+    """One launch less for each."""
+    steps = steps_at(family, "FP8 tokens", CPU, 5)
+    launches.clear()
+    steps._step()
+    kinds = [args[11] for kernel, _, args, _ in launches if kernel == "rms_norm_kernel"]
+    assert sum(kind > 0 for kind in kinds) == NORMS[family]

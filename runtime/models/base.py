@@ -54,7 +54,8 @@ class GatedMLP(nn.Module):
 
 
 def first_of(mlp: nn.Module) -> Linear | None:
-    """The one layer of an MLP that takes its input as it is; None if there are several, or none."""
+    """The one layer of an MLP that takes its input as it is, of experts that of the shared one; None if there is no such."""
+    mlp = getattr(mlp, "shared_expert", mlp)
     return mlp.gate_up.only if isinstance(mlp, GatedMLP) else None
 
 

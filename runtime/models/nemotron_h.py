@@ -227,6 +227,7 @@ class MoE(PerToken):
         inner, shared = a.moe_intermediate_size, a.shared_intermediate_size * max(1, a.n_shared_experts)
         self.experts = Experts(build, f"{name}.experts", experts, inner, width or hidden, relu2, gated=False)
         self.shared_experts = MLP(build, f"{name}.shared_experts", hidden, shared)
+        self.first = self.shared_experts.first
 
     def forward(self, x: Tensor, *_: object) -> Tensor:
         """`[B, T, H]` to `[B, T, H]`."""

@@ -5,16 +5,18 @@ Source: vLLM 0.33 `step3_text.py`.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from runtime.architecture import Architecture, refused
-from runtime.builder import LayerBuilder
+from runtime.builder import LayerBuilder, Projections
 from runtime.experts import Experts
-from runtime.models.base import CausalLM, GatedMLP, Trunk
+from runtime.models.base import CausalLM, GatedMLP, Trunk, first_of
 from runtime.models.qwen3_moe import check_experts
 from runtime.nonlinear import swiglu
 from runtime.norms import RMSNorm
@@ -71,8 +73,9 @@ class Step3Architecture(StepArchitecture):
 
 
 class StepAttention(nn.Module):
-    """Attention of either generation; `kv` says how it keeps keys and values."""
+    """Attention of either generation; `qkv` takes the input, `kv` says how it keeps keys and values."""
 
+    qkv: Projections
     kv: KVFormat
 
 
@@ -129,11 +132,13 @@ class Layer(nn.Module):
         self.branches = tuple(branches.values())
         for name, branch in branches.items():
             self.add_module(name, branch)
+        self.input_layernorm.feeds(attention.qkv.only)
+        self.post_attention_layernorm.feeds(next(filter(None, map(first_of, self.branches)), None))
 
     def forward(self, x: Tensor, at: Tokens, cache: KVCache) -> Tensor:
         """`[B, T, H]` to `[B, T, H]`."""
         x, y = self.post_attention_layernorm.after_sum(x, self.self_attn(self.input_layernorm(x), at, cache))
-        return x + sum(branch(y) for branch in self.branches)
+        return x + functools.reduce(torch.add, [branch(y) for branch in self.branches])
 
     def new_cache(self, size: CacheSize) -> KVCache:
         """An empty cache."""
