@@ -5,11 +5,11 @@
 bandwidth  what this GPU reaches: copying within its memory (B), reading it, copying from pinned host memory
 check      every kernel, case and way of cutting the work against float64: fresh random inputs, outputs that start as NaN
 logits     tiny models of every family against float32 on the CPU, prefill and steps; steps by graph against steps as they are
-warm       compiles, by several processes, what the next part needs
+warm       compiles, by several processes, what the parts that follow need
 decode     models of published dimensions, random weights: steps at batch 1, 8 and 32, prefill, the kernels of a step by time
-load       a checkpoint on disk: rates of reading, copying and both; a new process to its first token; memory
 kernels    each kernel at published shapes, as bytes per second and as a share of B, over more copies than the L2 cache holds
 layers     layers with 4096 tokens, against `torch._scaled_mm` alone
+load       a checkpoint on disk: rates of reading, copying and both; a new process to its first token; memory
 
 Each part runs in processes of its own.  A row that fails, ends its process or takes too long is reported as failed, and the
 next row goes on in a new process.  No row begins that would end after the share of `--budget` seconds that its part has: what

@@ -42,6 +42,7 @@ TOLERANCE = 5e-4  # of the largest result: tensor cores truncate where they add
 MANY_TOLERANCE = 0.02  # inputs, weights and results in bfloat16
 ROTATED = 256 * 10**6  # bytes that a timing goes through before it repeats; the L2 cache of an H200 has 60 MB
 REPLAYS = 30
+CLOCKS_S = 0.05  # a GPU that had nothing to do takes this long to be as fast as it can be
 ROWS_AT_ONCE = 2**15
 SPLITS = (1, 2, 3)
 PREFILL_M = 4096
@@ -63,12 +64,13 @@ class Line:
 @dataclass
 class Bench:
     """What rows are given.  `quick`: the smallest sizes, to see that everything runs; `copy_bandwidth`: B, bytes per second,
-    read and written bytes both counted."""
+    read and written bytes both counted; `warming`: nothing is timed, so that kernels are compiled and no more."""
 
     device: torch.device
     tokens: tuple[int, ...] = (1, 8, 64)
     quick: bool = False
     copy_bandwidth: float = math.nan
+    warming: bool = False
     lines: list[Line] = field(default_factory=list)
 
 
@@ -173,7 +175,7 @@ def errors_of(kernel: ModuleType, case: Any, bench: Bench) -> dict[str, float]:
     """Run -> error for a case of any kernel."""
     if is_linear(case):
         most = kernel.SHAPES[-1].tokens
-        runs: list[tuple[int, int | None]] = [(M, None) for M in ((1, 2, 8, 9, 17, 33, 64) if case.tiny else (1, 64))]
+        runs: list[tuple[int, int | None]] = [(M, None) for M in ((1, 2, 8, 9, 17, 33, 64) if case.tiny else (1, 8, 64))]
         runs += [(M, split) for M in (1, most) for split in SPLITS] if case.tiny else []
         runs = runs[:1] if bench.quick else runs
         return {
@@ -258,14 +260,22 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def seconds(launch: Callable[[], object], device: torch.device, replays: int = REPLAYS) -> float:
+def seconds(launch: Callable[[], object], bench: Bench, replays: int = REPLAYS) -> float:
     """Median time of what `launch` does: on CUDA replayed as a graph, after a warm-up; elsewhere once."""
-    if device.type != "cuda":
+    if bench.device.type != "cuda" or bench.warming:
         return _clock(launch)
     from runtime.steps import capture
 
-    replay = capture(launch, device)
+    replay, began = capture(launch, bench.device), time.perf_counter()
+    while time.perf_counter() - began < CLOCKS_S:
+        replay()
+        torch.cuda.synchronize()
     return replayed(replay, replays)
+
+
+def copies_of(nbytes: int, bench: Bench) -> int:
+    """How many times to have what a launch reads, so that none of it is left in a cache when its turn comes again."""
+    return 1 if bench.quick or bench.warming else max(-(-ROTATED // max(nbytes, 1)), 1)
 
 
 def replayed(replay: Callable[[], object], replays: int) -> float:
@@ -292,13 +302,13 @@ def bandwidth_rows(bench: Bench) -> list[Row]:
         device, size = bench.device, 2**22 if bench.quick else 2**31
         source, target = (torch.empty(size, dtype=torch.uint8, device=device) for _ in range(2))
         source.fill_(1)
-        bench.copy_bandwidth = 2 * size / seconds(lambda: target.copy_(source), device)
+        bench.copy_bandwidth = 2 * size / seconds(lambda: target.copy_(source), bench)
         yield Line("bandwidth", "copy on the device (B)", {"GB/s": bench.copy_bandwidth / 1e9})
         words = source.view(torch.float32)
-        yield Line("bandwidth", "read on the device", {"GB/s": size / seconds(lambda: words.sum(), device) / 1e9})
+        yield Line("bandwidth", "read on the device", {"GB/s": size / seconds(lambda: words.sum(), bench) / 1e9})
         pinned = torch.empty(size // 4, dtype=torch.uint8, pin_memory=device.type == "cuda")
         part = target[: size // 4]
-        copied = seconds(lambda: part.copy_(pinned, non_blocking=True), device, 10)
+        copied = seconds(lambda: part.copy_(pinned, non_blocking=True), bench, 10)
         yield Line("bandwidth", "copy from pinned memory", {"GB/s": size / 4 / copied / 1e9})
 
     return [Row("ceilings", 3, run)]
@@ -318,12 +328,12 @@ def linear_line(kernel: ModuleType, case: Case) -> Callable[[Bench], Iterator[Li
     """A linear layer at each M."""
 
     def run(bench: Bench) -> Iterator[Line]:
-        copies = 1 if bench.quick else -(-ROTATED // weight_bytes(case))
+        copies = copies_of(weight_bytes(case), bench)
         layers = [kernel.prepare(case.spec(), make_tensors(case, bench.device, seed)) for seed in range(copies)]
         first = None
         for M in bench.tokens:
             x = make_inputs(case, M, bench.device, 0)
-            time_ = seconds(lambda x=x: [layer(x) for layer in layers], bench.device) / copies  # type: ignore[misc]
+            time_ = seconds(lambda x=x: [layer(x) for layer in layers], bench) / copies  # type: ignore[misc]
             first = first or time_
             rate = moved_bytes(case, M) / time_
             values = {
@@ -343,10 +353,10 @@ def expert_line(kernel: ModuleType, case: ExpertCase) -> Callable[[Bench], Itera
         each = sum(t.nbytes for tensors in (a, b) for t in tensors.values()) / case.E
         weights = sum(spec.shape[0] * spec.shape[1] for spec in (first, down))
         for T in (*(M for M in bench.tokens if M <= 64), *(() if bench.quick else (PREFILL_M,))):
-            copies = 1 if bench.quick or T > 64 else 16
+            copies = 1 if bench.quick or bench.warming or T > 64 else 16
             chosen = [case.chosen(T, bench.device, seed) for seed in range(copies)]
             x = torch.randn(T, case.H, device=bench.device).bfloat16()
-            time_ = seconds(lambda x=x, chosen=chosen: [experts(x, *one) for one in chosen], bench.device) / copies  # type: ignore[misc]
+            time_ = seconds(lambda x=x, chosen=chosen: [experts(x, *one) for one in chosen], bench) / copies  # type: ignore[misc]
             nbytes = each * sum(len(ids.unique()) for ids, _ in chosen) / copies + 4 * T * case.H
             values: dict[str, float | str] = {"M": T, "us": time_ * 1e6}
             if T <= 64:
@@ -362,9 +372,9 @@ def launch_line(kernel: ModuleType, case: Any) -> Callable[[Bench], Iterator[Lin
     """Any other kernel: over enough copies of what it reads that none is left in a cache."""
 
     def run(bench: Bench) -> Iterator[Line]:
-        copies = 1 if bench.quick else min(max(-(-ROTATED // max(case.nbytes, 1)), 1), 64)
+        copies = min(copies_of(case.nbytes, bench), 64)
         launches = [kernel.launch(case, bench.device, seed) for seed in range(copies)]
-        time_ = seconds(lambda: [launch() for launch in launches], bench.device) / copies
+        time_ = seconds(lambda: [launch() for launch in launches], bench) / copies
         rate = case.nbytes / time_
         values = {"us": time_ * 1e6, "GB/s": rate / 1e9, "of B": rate / bench.copy_bandwidth}
         yield Line("kernels", label(kernel, case), values)
@@ -373,7 +383,7 @@ def launch_line(kernel: ModuleType, case: Any) -> Callable[[Bench], Iterator[Lin
 
 
 def kernel_rows(bench: Bench) -> list[Row]:
-    """Every case with a published shape."""
+    """Every case with a published shape: first those with targets, then other linear layers."""
     found = []
     for _, kernel in sorted(kernels_on(bench.device), key=lambda pair: (not is_linear(pair[1].CASES[0]), pair[0])):
         for case in kernel.CASES:
@@ -386,7 +396,8 @@ def kernel_rows(bench: Bench) -> list[Row]:
             elif hasattr(kernel, "launch") and hasattr(case, "nbytes"):
                 found.append(Row(label(kernel, case), 3, launch_line(kernel, case)))
     first = {row.name.partition(":")[0]: row for row in reversed(found)}
-    return list(first.values()) if bench.quick else found
+    wanted = _big_layers("fp8", 50) | _big_layers("nvfp4", 28)
+    return list(first.values()) if bench.quick else sorted(found, key=lambda row: row.name not in wanted)
 
 
 # Prefill of one layer
@@ -409,11 +420,11 @@ def gemm_rows(bench: Bench) -> list[Row]:
             M, device = 80 if bench.quick else PREFILL_M, bench.device
             N, K = case.spec().shape
             layer, x = quantized_layer(case, device), make_inputs(case, M, device, 1)
-            time_ = seconds(lambda: layer(x), device, 10)
+            time_ = seconds(lambda: layer(x), bench, 10)
             values: dict[str, float | str] = {"M": M, "ms": time_ * 1e3, "TFLOP/s": 2 * M * N * K / time_ / 1e12}
             if device.type == "cuda":
                 for name, fast in (("_scaled_mm", False), ("fast", True)):
-                    alone = scaled_mm_seconds(x, layer.weight, K, fast)
+                    alone = scaled_mm_seconds(x, layer.weight, K, fast, bench)
                     values |= {f"{name} ms": alone * 1e3, f"of {name}": alone / time_}
             yield Line("layers", str(case), values)
 
@@ -432,7 +443,7 @@ def quantized_layer(case: Case, device: torch.device) -> torch.nn.Module:
     return layer
 
 
-def scaled_mm_seconds(x: Tensor, weight: Tensor, K: int, fast: bool) -> float:
+def scaled_mm_seconds(x: Tensor, weight: Tensor, K: int, fast: bool, bench: Bench) -> float:
     """The matmul alone: FP8 codes of `x` `[M, K]` with a weight, its own where it is FP8, and one scale for each.
 
     `fast`: with sums of fewer bits, which is not torch's default.
@@ -442,9 +453,7 @@ def scaled_mm_seconds(x: Tensor, weight: Tensor, K: int, fast: bool) -> float:
     a, _ = quantize(x, "fp8_token")
     b = weight if weight.dtype == a.dtype else torch.randn(len(weight), K, device=x.device).to(a.dtype)
     one = torch.ones((), device=x.device)
-    return seconds(
-        lambda: torch._scaled_mm(a, b.t(), one, one, out_dtype=torch.bfloat16, use_fast_accum=fast), x.device, 10
-    )
+    return seconds(lambda: torch._scaled_mm(a, b.t(), one, one, out_dtype=torch.bfloat16, use_fast_accum=fast), bench, 10)
 
 
 # Whole models
@@ -528,7 +537,7 @@ def shortened(model: Model) -> Model:
 
 
 def warm_rows(bench: Bench) -> list[Row]:
-    """Kernels of the published models at their shapes, compiled by several processes; gives no lines."""
+    """Kernels of the published models at their shapes, and those to be timed, compiled by several processes; gives no lines."""
     models = [tiny("nemotron_h", "FP8 blocks")] if bench.quick else PUBLISHED
 
     def run(model: Model, rows: int | None) -> Callable[[Bench], Iterator[Line]]:
@@ -542,8 +551,17 @@ def warm_rows(bench: Bench) -> list[Row]:
 
         return work
 
+    def once(row: Row) -> Callable[[Bench], Iterator[Line]]:
+        def work(bench: Bench) -> Iterator[Line]:
+            for _ in row.run(replace(bench, warming=True)):
+                pass
+            yield from ()
+
+        return work
+
     ways: tuple[int | None, ...] = (1, None) if bench.quick else (1, None, *BATCHES[1:])
-    return [Row(f"{model.name}, {rows or 'prefill'}", 15, run(model, rows)) for rows in ways for model in models]
+    rows = [Row(f"{model.name}, {rows or 'prefill'}", 15, run(model, rows)) for rows in ways for model in models]
+    return rows + [Row(row.name, 5, once(row)) for row in [*kernel_rows(bench), *gemm_rows(bench)]]
 
 
 def model_rows(bench: Bench) -> list[Row]:
@@ -776,12 +794,12 @@ def start_process(folder: str, device: torch.device) -> dict[str, float]:
 PARTS: Mapping[str, Part] = {
     "bandwidth": Part(bandwidth_rows, 0.1),
     "check": Part(check_rows, 0.32, workers=12),
-    "logits": Part(logits_rows, 0.40, workers=8),
-    "warm": Part(warm_rows, 0.48, workers=12),
+    "logits": Part(logits_rows, 0.40, workers=12),
+    "warm": Part(warm_rows, 0.50, workers=12),
     "decode": Part(model_rows, 0.74),
     "kernels": Part(kernel_rows, 0.86),
-    "load": Part(load_rows, 0.97),
-    "layers": Part(gemm_rows, 1.0),
+    "layers": Part(gemm_rows, 0.90),
+    "load": Part(load_rows, 1.0),
 }
 
 

@@ -121,7 +121,7 @@ def tune(name: str, kernel: ModuleType, case: Case, M: int, bench: Bench) -> Ite
             launches[0](x, out=out, tiles=cut)
             if not (out - expected).abs().max() < TOLERANCE * expected.abs().max():
                 return math.inf
-            return seconds(lambda: [launch(x, tiles=cut) for launch in launches], bench.device) / copies
+            return seconds(lambda: [launch(x, tiles=cut) for launch in launches], bench) / copies
         except Exception:
             synchronize(bench.device)  # raises where the device is of no use any more
             return math.inf

@@ -216,6 +216,26 @@ def test_check_counts_nan_as_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     assert lines[0].values["at"] == "M=2"
 
 
+def test_all_that_is_timed_is_compiled_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the processes of the part before: with one process, kernels took longer to compile than to time."""
+    bench = Bench(CPU)
+    warm, timed = gpu_rows.warm_rows(bench), [*gpu_rows.kernel_rows(bench), *gpu_rows.gemm_rows(bench)]
+    assert {row.name for row in timed} <= {row.name for row in warm}
+    bench, launched = Bench(CPU, (1, 8), quick=True), []
+    monkeypatch.setattr(gpu_rows, "seconds", lambda launch, bench, replays=1: launched.append(bench.warming) or 1.0)
+    name = gpu_rows.kernel_rows(bench)[0].name
+    (row,) = (row for row in gpu_rows.warm_rows(bench) if row.name == name)
+    assert list(row.run(bench)) == []
+    assert launched
+    assert all(launched)
+
+
+def test_layers_with_targets_are_timed_first() -> None:
+    names = [row.name for row in gpu_rows.kernel_rows(Bench(CPU))]
+    wanted = gpu_rows._big_layers("fp8", 50) | gpu_rows._big_layers("nvfp4", 28)
+    assert {*names[: len(wanted)]} == wanted
+
+
 def test_logits_see_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     """A layer that is wrong by an eighth on the device, and only there."""
     bench = Bench(CPU)
