@@ -491,7 +491,8 @@ def compare_logits(family: str, scheme: str, full: bool, bench: Bench) -> Iterat
 
     def logits(of: Any, ids: Tensor) -> list[Tensor]:
         state: State = of.new_state(2, length + 10)
-        found = [*of(ids[:, :length], state).float().cpu().unbind(1)[-20:]]
+        of(ids[:, :36], state)  # a prompt in two pieces, of which the second attends to the first
+        found = [*of(ids[:, 36:length], state).float().cpu().unbind(1)[-20:]]
         state.settle()
         real = torch.ones(2, dtype=torch.bool, device=of.device)
         return found + [of.step(ids[:, t].to(of.device), state, real).cpu() for t in range(length, length + 10)]
