@@ -115,7 +115,7 @@ def multiply(a: tl.tensor, b: tl.tensor, INTERPRETED: tl.constexpr) -> tl.tensor
     return product
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "chunks"])
 def own_states_kernel(
     x: tl.tensor, b: tl.tensor, g: tl.tensor, own: tl.tensor, decay: tl.tensor, T: tl.tensor, chunks: tl.tensor,
     x_row: tl.tensor, x_head: tl.tensor, x_token: tl.tensor, b_row: tl.tensor, b_group: tl.tensor, b_token: tl.tensor,
@@ -144,7 +144,7 @@ def own_states_kernel(
     tl.store(decay + first, tl.exp(tl.sum(gs, 0)))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["chunks"])
 def carry_kernel(
     own: tl.tensor, decay: tl.tensor, state: tl.tensor, chunks: tl.tensor,
     SIZE: tl.constexpr, PART: tl.constexpr, MOST: tl.constexpr, INTERPRETED: tl.constexpr,
@@ -170,7 +170,7 @@ def carry_kernel(
     tl.store(state + both * SIZE + at, S, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "chunks"])
 def outputs_kernel(
     x: tl.tensor, b: tl.tensor, c: tl.tensor, g: tl.tensor, before: tl.tensor, out: tl.tensor, T: tl.tensor,
     chunks: tl.tensor, x_row: tl.tensor, x_head: tl.tensor, x_token: tl.tensor, b_row: tl.tensor, b_group: tl.tensor,
