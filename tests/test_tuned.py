@@ -108,12 +108,13 @@ def test_tuning_finds_the_faster_cut(monkeypatch: pytest.MonkeyPatch) -> None:
         launch = original(*arguments)
 
         def watched(x: Any, out: Any = None, tiles: Any = None) -> Any:
+            assert out is None or out.dtype == x.dtype  # what is checked is what is timed, and compiled once
             cuts.append(tiles)
             return launch(x, out if tiles.split != 1 else torch.empty_like(out), tiles)
 
         return watched
 
-    def seconds(launch: Any, device: Any) -> float:
+    def seconds(launch: Any, bench: Bench) -> float:
         return {2: 5.0, 4: 2.0, 1: 1.0}.get(cuts[-1].split, 9.0) - (cuts[-1].stages == 5)
 
     monkeypatch.setattr(fp8_linear, "prepare", prepare)
@@ -121,3 +122,16 @@ def test_tuning_finds_the_faster_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     (found,) = tune.tune("a b full", fp8_linear, case, 8, Bench(CPU, quick=True))
     assert json.loads(str(found.values["change"])) == {"split": 4, "stages": 5}
     assert found.values["best us"] == pytest.approx(1e6)
+
+
+def test_cuts_are_compiled_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each number of ranges, and other depths of the default."""
+    cuts: list[Any] = []
+    monkeypatch.setattr(fp8_linear, "prepare", lambda spec, tensors: lambda x, tiles: cuts.append((tiles.split, tiles.stages)))
+    case = next(case for case in fp8_linear.CASES if case.tiny and case.K == 1024)
+    monkeypatch.setattr(tune, "problems", lambda quick: [("a b full", fp8_linear, case, 8)])
+    (row,) = tune.compile_rows(Bench(CPU))
+    assert list(row.run(Bench(CPU))) == []
+    default = tune.default_of(fp8_linear, case, 8, CPU)
+    assert {split for split, _ in cuts} == {1, 2, 3, 4, 8}
+    assert {stages for split, stages in cuts if split == default.split} == {default.stages, *tune.STAGES}
