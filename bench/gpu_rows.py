@@ -547,7 +547,7 @@ def warm_rows(bench: Bench) -> list[Row]:
             if rows is None:
                 prefill_line(model, found, bench)
             else:
-                steps_in_place(found, rows, bench)._step()
+                steps_in_place(found, rows, bench).step()
             yield from ()
 
         return work
@@ -648,7 +648,7 @@ def decode_line(model: Model, found: Any, rows: int, bench: Bench) -> Line:
     clock = (time.perf_counter() - began) / count
     nbytes = step_bytes(found, rows, int(steps.state.places.max()))
     rate = nbytes / step
-    graph = device.type == "cuda" and getattr(replay, "__name__", "") != "_step"
+    graph = device.type == "cuda" and getattr(replay, "__name__", "") != "step"
     return Line(
         "decode", f"{model.name}, batch {rows}",
         {
@@ -685,10 +685,10 @@ def profile_lines(model: Model, found: Any, bench: Bench, most: int = 12) -> Ite
     from torch.profiler import ProfilerActivity, profile
 
     steps = steps_in_place(found, 1, bench)
-    steps._step()
+    steps.step()
     synchronize(bench.device)
     with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as profiled:
-        steps._step()
+        steps.step()
         synchronize(bench.device)
     events = [event for event in profiled.key_averages() if "CUDA" in str(event.device_type).upper()]
     total = sum(event.self_device_time_total for event in events)
@@ -754,12 +754,13 @@ CHILD = """
 import json, sys, time
 began = float(sys.argv[1])
 import torch
+from runtime.ahead import Use
 from runtime.decode import Decoding
 from runtime.loader import load_model
 from runtime.sampling import Sampling
 device = sys.argv[3]
 imported = time.time()
-model = load_model(sys.argv[2], device=device)
+model = load_model(sys.argv[2], device=device, uses=[Use((8,), 8 + int(sys.argv[4]), Sampling())])
 if device != "cpu":
     torch.cuda.synchronize()
 loaded = time.time()

@@ -212,10 +212,14 @@ def main(
     except ValueError as error:
         raise click.UsageError(str(error)) from None
 
+    from runtime.ahead import Use
     from runtime.loader import load_model, memory_note
 
+    limit = max_new_tokens or declared.max_new_tokens or MAX_NEW_TOKENS
+    first = sorted(len(row) for row in ids[: WINDOW * batch_size])[:batch_size]  # the first batch
+    uses = [Use(tuple(first), first[-1] + limit, sampling, logprobs)] if first and speculate is None else []
     with _open_output(output, prompt_file) as file:
-        model = load_model(out, device=device, activations=activations, drafts=speculate is not None)
+        model = load_model(out, device=device, activations=activations, drafts=speculate is not None, uses=uses)
         loaded = time.perf_counter()
         if note := memory_note(model):
             click.echo(f"warning: {note}", err=True)
@@ -223,7 +227,7 @@ def main(
         eos_ids = tokenizer.eos_ids(ends) if tokenizer else declared_eos_ids(out, ends)
         settings = Settings(
             sampling,
-            max_new_tokens or declared.max_new_tokens or MAX_NEW_TOKENS,
+            limit,
             frozenset() if ignore_eos else eos_ids,
             stop,
             logprobs,

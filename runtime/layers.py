@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from runtime.activations import e8m0_table, fake_quantize
 from runtime.format import E2M1_VALUES, FP8_BLOCK, MX_GROUP, NVFP4_GROUP, ModuleSpec, module_tensors
 from runtime.kernels.table import FEW, FEW_TOKENS, LINEAR, prepare
+from runtime.kernels.twin import values
 
 TORCH_DTYPES = {
     "BF16": torch.bfloat16,
@@ -183,10 +184,10 @@ class QuantizedLinear(Linear):
         if "input_scale" not in self._parameters:
             return [(None, 0, self.shape[0])]
         runs: list[tuple[Tensor | None, int, int]] = []
-        values = self.input_scale.tolist()
+        found = values(self.input_scale)
         start = 0
         for p, rows in enumerate(self.partition_rows):
-            if runs and values[p] == values[p - 1]:
+            if runs and found[p] == found[p - 1]:
                 scale, first, _ = runs.pop()
                 runs.append((scale, first, start + rows))
             else:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from runtime.ahead import Use, compiling
 from runtime.architecture import read_architecture
 from runtime.builder import LayerBuilder
 from runtime.errors import LoadError
@@ -23,7 +24,7 @@ from runtime.layers import TORCH_DTYPES
 from runtime.machine import check_memory, check_schemes, find_device, gigabytes, host_memory
 from runtime.models import FAMILIES
 from runtime.models.base import CausalLM
-from runtime.shards import Shard, pieces, stream_to_cuda
+from runtime.shards import Shard, StoredTensor, pieces, stream_to_cuda
 
 PROBLEMS_SHOWN = 10
 ALIGNMENT = 512  # bytes, as of allocations of their own
@@ -35,13 +36,15 @@ def load_model(
     dtype: torch.dtype | None = None,
     activations: str = "quantized",
     drafts: bool = False,
+    uses: Sequence[Use] = (),
 ) -> CausalLM:
     """Load a canonical checkpoint.
 
     `out_dir`: the directory that `qconvert` wrote.  `device`: "cpu" or "cuda".  `dtype`: the dtype of the arithmetic,
     by default bfloat16 on CUDA and float32 on the CPU; stored tensors keep theirs.  `activations`: "quantized" also
     quantises activations and the KV cache as the checkpoint says, "full" does not.  `drafts`: also load the checkpoint's
-    draft heads, for speculative decoding.
+    draft heads, for speculative decoding.  `uses`: what will be asked of the model first; on CUDA, kernels for it are compiled
+    meanwhile.
 
     Returns a model in evaluation mode: int64 `[B, T]` to float32 logits `[B, T, V]`.  Raises, one line each and before any
     tensor is read: `LoadError` or `FormatError` for a checkpoint that does not fit, or whose schemes the device cannot
@@ -64,10 +67,15 @@ def load_model(
     network = FAMILIES[config.family]
     architecture = read_architecture(network.architecture_type, config.architecture)
     check_schemes(config, target, dtype)
-    build = LayerBuilder(config, target, dtype, activations == "quantized")
-    with _uncollected(), ExitStack() as stack:
-        model = network(architecture, build, drafts)
+
+    def network_on(device: torch.device) -> CausalLM:
+        build = LayerBuilder(config, device, dtype, activations == "quantized")
+        found = network(architecture, build, drafts)
         build.check_all_used()
+        return found
+
+    with _uncollected(), ExitStack() as stack:
+        model = network_on(target)
         slots = dict(_slots(model))
         files = {n: file for n, file in _tensor_files(directory).items() if n in slots or not config.is_carried(n)}
         shards = _open_shards(directory, files, slots, stack)
@@ -76,7 +84,15 @@ def load_model(
             for name, slot in slots.items():
                 slot.put(shards[files[name]].mapped(name))
         else:
-            _stream_to_device(files, shards, slots, target)
+
+            def twin() -> CausalLM:
+                found = network_on(torch.device("meta"))
+                for name, slot in _slots(found):
+                    slot.put(_without_memory(shards[files[name]].tensors[name]))
+                return found.eval()
+
+            with compiling(twin, uses, target):
+                _stream_to_device(files, shards, slots, target)
         return model.eval()
 
 
@@ -242,12 +258,17 @@ def _stream_to_device(files: dict[str, str], shards: dict[str, Shard], slots: di
     )
     by_file: dict[str, list[tuple[str, Tensor]]] = {file: [] for file in shards}
     for name, entry in entries.items():
-        by_file[files[name]].append((name, torch.empty(entry.shape, dtype=TORCH_DTYPES[entry.dtype], device="meta")))
+        by_file[files[name]].append((name, _without_memory(entry)))
     for targets in by_file.values():
         targets[:] = zip((name for name, _ in targets), in_one_piece([like for _, like in targets], device), strict=True)
         for name, tensor in targets:
             slots[name].put(tensor)
     stream_to_cuda((piece for file, targets in by_file.items() for piece in pieces(shards[file], targets)), device)
+
+
+def _without_memory(entry: StoredTensor) -> Tensor:
+    """A tensor of the dtype and shape of a stored one."""
+    return torch.empty(entry.shape, dtype=TORCH_DTYPES[entry.dtype], device="meta")
 
 
 def in_one_piece(like: Sequence[Tensor], device: torch.device) -> list[Tensor]:

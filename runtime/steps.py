@@ -118,7 +118,8 @@ class Steps:
         self._received += 1
         return found
 
-    def _step(self) -> None:
+    def step(self) -> None:
+        """The work of one step, on the device alone."""
         self._choose(self.model.step(self._tokens, self.state, self._left > 0))
 
     @torch.no_grad()
@@ -159,10 +160,10 @@ class Steps:
         before = [tensor.clone() for tensor in changed]
         self._left.zero_()  # a step of nobody leaves no trace
         try:
-            return capture(self._step, self._left.device)
+            return capture(self.step, self._left.device)
         except RuntimeError as error:
             warnings.warn(f"decoding without a CUDA graph, which could not be recorded: {error}", stacklevel=2)
-            return self._step
+            return self.step
         finally:
             for tensor, value in zip(changed, before):
                 tensor.copy_(value)

@@ -37,6 +37,17 @@ def test_compiled_kernels(label: str, name: str, emulated_runs: dict[str, dict[s
     assert all(error < tolerance for error in run["errors"].values()), run["errors"]  # also where one is NaN
 
 
+@pytest.mark.parametrize("model", emulated.MODELS, ids=str)
+def test_whole_models(model: tuple[Any, ...], emulated_runs: dict[str, dict[str, Any]]) -> None:
+    """As exact as the same without kernels in bfloat16, and no kernel is compiled when it is launched."""
+    run = emulated_runs[" ".join(map(str, model))]
+    assert "fault" not in run, run["fault"]
+    found = run["errors"]
+    assert found["logits"] < 1.5 * found["usual"] < 0.5
+    assert found["ahead"] > 10
+    assert found["late"] == 0
+
+
 SAID = {
     "reads_beyond": "ld.global.b32 { %r1 }, [ %rd1 + 0 ]: thread 64 of program 1: 4 bytes at x + 768, which has 768 bytes",
     "writes_beyond": "thread 127 of program 1: 4 bytes at y + 1020, which has 1020 bytes",

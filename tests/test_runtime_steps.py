@@ -137,7 +137,7 @@ def taken(model: CausalLM, sampling: Sampling, length: int) -> Steps:
 
 
 def test_a_step_asks_nothing_and_is_the_same_for_all_lengths(model: CausalLM, unasked: Any) -> None:
-    work = [unasked(taken(model, SAMPLED, length)._step) for length in (1, 30)]
+    work = [unasked(taken(model, SAMPLED, length).step) for length in (1, 30)]
     assert len(work[0]) > 50
     assert work[0] == work[1]
 
@@ -159,9 +159,9 @@ def test_a_step_brings_nothing_from_the_host(model: CausalLM) -> None:
     build_ = LayerBuilder(config, meta, torch.bfloat16, quantize_activations=False)  # stored scales have no values there
     there = network(read_architecture(network.architecture_type, config.architecture), build_)
     found = Steps(there, kind_of(2, SAMPLED, 2), 64)
-    found._step()  # makes tables
+    found.step()  # makes tables
     with Recorder() as recorder:
-        found._step()
+        found.step()
     assert {place for _, *what in recorder.seen for x in what if isinstance(x, tuple) for place in [x[1]]} == {"meta"}
 
 

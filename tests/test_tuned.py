@@ -69,13 +69,13 @@ def test_kernels_are_cut_as_the_file_says(short: str, monkeypatch: pytest.Monkey
         ({"cpu": {name: {"70x1024": {"16": {"split": 3}}}}}, {}),  # more tokens
     ):
         made.clear()
-        tiles.tiles_for.cache_clear()
+        tiles._tiles_for.cache_clear()
         monkeypatch.setattr(tuned, "table", lambda content=content: content)
         out = torch.full(expected.shape, torch.nan)
         module.prepare(spec, tensors)(x, out=out)
         assert made == [change]
         assert (out - expected).abs().max() < 1e-5 * expected.abs().max()
-    tiles.tiles_for.cache_clear()
+    tiles._tiles_for.cache_clear()
 
 
 def line(gain: float, change: dict[str, int], tokens: int = 8, failed: bool = False) -> Line:

@@ -44,6 +44,7 @@ from runtime.kernels.tiles import (
     tiles_for,
     workspace,
 )
+from runtime.kernels.twin import values
 
 SCHEMES = ("fp8_tensor", "fp8_channel", "fp8_block")
 ACTIVATIONS: tuple[str | None, ...] = (None, *KINDS)
@@ -253,11 +254,11 @@ def input_runs(rows: Sequence[int], input_scale: Tensor | None) -> list[tuple[Te
     stops = list(accumulate(rows))
     if input_scale is None:
         return [(None, 0, stops[-1])]
-    values = input_scale.tolist()
+    found = values(input_scale)
     runs: list[tuple[Tensor | None, int, int]] = []
     for p, stop in enumerate(stops):
         start = stop - rows[p]
-        if runs and values[p] == values[p - 1]:
+        if runs and found[p] == found[p - 1]:
             start = runs.pop()[1]
         runs.append((input_scale[p : p + 1], start, stop))
     return runs

@@ -29,6 +29,7 @@ from runtime.format import ModuleSpec
 from runtime.kernels.cases import Case, ManyCase, many_errors, many_launch
 from runtime.kernels.nvfp4_linear import reference
 from runtime.kernels.nvfp4_quantize import quantize_packed
+from runtime.kernels.twin import values
 
 SCHEMES = ("nvfp4",)
 ACTIVATIONS: tuple[str | None, ...] = ("nvfp4",)
@@ -62,7 +63,7 @@ def prepare(spec: ModuleSpec, tensors: Mapping[str, Tensor]) -> Callable[..., Te
     rows, K = [count for _, count in spec.partitions], spec.shape[1]
     weight, scale, bias = tensors["weight"], tensors["weight_scale"], tensors.get("bias")
     inputs, outer = tensors["input_scale"], tensors["weight_scale_2"]
-    pairs, edges = list(zip(inputs.tolist(), outer.tolist(), strict=True)), [0, *accumulate(rows)]
+    pairs, edges = list(zip(values(inputs), values(outer), strict=True)), [0, *accumulate(rows)]
     same = [list(run) for _, run in groupby(range(len(rows)), key=pairs.__getitem__)]
     runs = [(run[0], edges[run[0]], edges[run[-1] + 1]) for run in same]  # a partition of the run, first row, last row + 1
     if K % 32 or any((stop - start) % 16 for _, start, stop in runs):

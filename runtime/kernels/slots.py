@@ -271,7 +271,9 @@ def one_input_scale(spec: ModuleSpec, tensors: Mapping[str, Tensor]) -> Tensor |
 def can_run(specs: Sequence[ModuleSpec], stages: Sequence[Mapping[str, Tensor]]) -> bool:
     """Whether the kernels know such inputs: gate and up of an expert must share their codes.  Waits for the device."""
     scales = [one_input_scale(spec, tensors) for spec, tensors in zip(specs, stages, strict=True)]
-    return not any(spec.pre_quant_scale for spec in specs) and not any(s is not None and bool(s.isnan().any()) for s in scales)
+    if any(spec.pre_quant_scale for spec in specs):
+        return False
+    return not any(bool(scale.isnan().any()) for scale in scales if scale is not None and not scale.is_meta)
 
 
 def cut_slots(shapes: Sequence[Shape], slots: int, N: int, K: int, device: torch.device) -> Tiles:

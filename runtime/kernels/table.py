@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from runtime.format import ACTIVATIONS, SCHEMES, ModuleSpec
+from runtime.kernels.twin import actual
 
 FEW_TOKENS = 64  # rows of input that "linear, few tokens" takes
 LINEAR, FEW = "linear", f"linear, up to {FEW_TOKENS} tokens"
@@ -143,9 +144,13 @@ class Machine:
     cuda: tuple[int, int] = (13, 0)
 
 
-@functools.cache
 def machine(device: torch.device) -> Machine:
-    """What `device` is."""
+    """What `device` is, or what it stands for."""
+    return _machine(actual(device))
+
+
+@functools.cache
+def _machine(device: torch.device) -> Machine:
     generation, cuda = None, (0, 0)
     if device.type == "cuda" and torch.version.cuda:
         major, minor = torch.cuda.get_device_capability(device)
@@ -230,7 +235,7 @@ def prepare(
     at, function = machine(device), None
     for row in ROWS:
         if spec.scheme in row.schemes and operation in row.operations and _problem(row, activations, at) is None:
-            if row.cuda is not None and device.type != "cpu" and not works(row.module, device):
+            if row.cuda is not None and device.type != "cpu" and not works(row.module, actual(device)):
                 continue
             if row.module != TORCH:
                 function = import_module(row.module).prepare(replace(spec, activations=activations), tensors)

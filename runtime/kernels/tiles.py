@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from runtime.kernels.tuned import lookup
+from runtime.kernels.twin import actual
 
 MAX_TOKENS = 64
 INPUTS = 128  # elements of K per step: the block of FP8 block scales and of grouped input scales
@@ -72,9 +73,13 @@ def choose_tiles(shapes: Sequence[Shape], M: int, N: int, K: int, sms: int = H20
     return Tiles(shape.rows, shape.tokens, -(-steps // per_split), per_split, shape.warps, STAGES, shape.registers)
 
 
-@functools.cache
 def tiles_for(kernel: str, shapes: tuple[Shape, ...], M: int, N: int, K: int, device: torch.device) -> Tiles:
     """What was measured to be best for a kernel, `tuned.name`, on this GPU; without that the default."""
+    return _tiles_for(kernel, shapes, M, N, K, actual(device))
+
+
+@functools.cache
+def _tiles_for(kernel: str, shapes: tuple[Shape, ...], M: int, N: int, K: int, device: torch.device) -> Tiles:
     default = choose_tiles(shapes, M, N, K, multiprocessors(device))
     return recut(default, K, **lookup(device, kernel, N, K, default.tokens))
 
@@ -88,9 +93,13 @@ def recut(tiles: Tiles, K: int, split: int | None = None, stages: int | None = N
     )
 
 
-@functools.cache
 def multiprocessors(device: torch.device) -> int:
     """Of a CUDA device; for any other, those of an H200."""
+    return _multiprocessors(actual(device))
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else H200_SMS
 
 
