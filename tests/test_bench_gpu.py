@@ -251,6 +251,19 @@ def test_logits_see_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     assert next(iter(gpu_rows.compare_logits("qwen3", "NVFP4", True, bench))).failed
 
 
+@pytest.mark.parametrize(("parting", "tries", "wrong"), [([24], 1, False), ([1, 3, 9], 3, False), ([1, 3, 7, 2], 4, True)])
+def test_tokens_that_part_early_once_are_no_failure(
+    parting: list[int], tries: int, wrong: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One step in fifty draws another token: rounding is enough for that."""
+    import runtime.decode
+
+    calls = iter(same for lead in parting for same in (24, lead))
+    monkeypatch.setattr(runtime.decode, "Decoding", lambda *args, fixed: [*range(next(calls)), *[-1] * 24][:24])
+    *_, line = gpu_rows.compare_logits("qwen3", "NVFP4", True, Bench(CPU))
+    assert (line.values["inputs"], line.failed) == (tries, wrong)
+
+
 def test_bytes_are_what_is_stored() -> None:
     assert gpu_rows.weight_bytes(Case("", "fp8_tensor", (128, 64), 256)) == 192 * 256 + 2 * 4
     assert gpu_rows.weight_bytes(Case("", "nvfp4", (128,), 256)) == 128 * 128 + 128 * 16 + 4
