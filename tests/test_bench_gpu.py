@@ -57,6 +57,8 @@ def test_everything_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert data["versions"]["torch"] == torch.__version__.partition("+")[0] or data["versions"]["torch"] == torch.__version__
     assert said.index("targets") > said.index("bandwidth")
     assert "process start to first token" in said
+    targets = [line["values"]["verdict"] for line in data["lines"] if line["part"] == "targets"]
+    assert {*targets} == {"not measured"}  # nothing of true size was
 
 
 def test_processes_of_their_own(tmp_path: Path) -> None:
@@ -326,8 +328,9 @@ def test_targets() -> None:
         Line("decode", "Qwen3.5-27B NVFP4", {"failed": "took more than 80 s"}, True),
         Line("layers", gemms["fp8_tensor"], {"of _scaled_mm": 1.1, "of fast": 0.8}),
         Line("layers", gemms["fp8_channel"], {"of _scaled_mm": 0.96, "of fast": 0.9}),
-        Line("load", "a new process, kernels cold", {"to first token s": 14.0}),
-        Line("load", "a new process, kernels warm", {"to first token s": 6.0}),
+        Line("load", "Qwen3.5-9B FP8: a new process, kernels cold", {"to first token s": 14.0}),
+        Line("load", "Qwen3.5-9B FP8: a new process, kernels warm", {"to first token s": 6.0}),
+        Line("load", "qwen3_5 FP8 blocks: loading", {"of least": 2.5}),  # a tiny one
     ]
     dropped = ["kernels: another", "decode: Qwen3.5-35B-A3B FP8"]
     found = {line.name: line.values for line in gpu_rows.target_lines(lines, dropped)}
