@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -21,6 +22,30 @@ from runtime.layers import QuantizedLinear, stored
 def _normalized(x: Tensor, eps: float) -> Tensor:
     x = x.float()
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """`routed + shared`, or `routed + sigmoid(gate) * shared`, before it is added up: a norm does that in the same launch.
+
+    All of one dtype; `[..., H]`, the gate `[..., 1]`.
+    """
+
+    routed: Tensor
+    shared: Tensor
+    gate: Tensor | None = None
+
+    def total(self) -> Tensor:
+        """The sum."""
+        return self.routed + (self.shared if self.gate is None else torch.sigmoid(self.gate) * self.shared)
+
+
+Delta = Tensor | Parts  # what a layer adds to the residual
+
+
+def total(x: Tensor, delta: Delta) -> Tensor:
+    """`x + delta`."""
+    return x + (delta.total() if isinstance(delta, Parts) else delta)
 
 
 class RMSNorm(nn.Module):
@@ -45,11 +70,14 @@ class RMSNorm(nn.Module):
         """Keeps shape and dtype."""
         return self._in_one_launch(x, None)[1] if self._takes(x) else self._normalize(x)
 
-    def after_sum(self, x: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
-        """`x + delta` and its norm; all of one shape and dtype."""
-        if self._takes(x) and x.dtype == delta.dtype and x.shape == delta.shape:
+    def after_sum(self, x: Tensor, delta: Delta | None) -> tuple[Tensor, Tensor]:
+        """`x + delta` and its norm; all of one shape and dtype.  None: nothing has to be added."""
+        if delta is None:
+            return x, self(x)
+        first = delta.routed if isinstance(delta, Parts) else delta
+        if self._takes(x) and x.dtype == first.dtype and x.shape == first.shape:
             return self._in_one_launch(x, delta)
-        x = x + delta
+        x = total(x, delta)
         return x, self(x)
 
     def _normalize(self, x: Tensor) -> Tensor:
@@ -63,12 +91,13 @@ class RMSNorm(nn.Module):
         module = module_for(NORM, "rms norm", self.weight.device)
         return None if module is None else module.prepare(self.weight, self.eps, self.form)
 
-    def _in_one_launch(self, x: Tensor, delta: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _in_one_launch(self, x: Tensor, delta: Delta | None) -> tuple[Tensor, Tensor]:
         assert self._kernel is not None
         kind, scale = None, None
         if self._readers and x.numel() <= FEW_TOKENS * x.shape[-1] and (how := self._readers[0].input_kind) is not None:
             kind, scale = how
-        done = self._kernel(x, delta, kind, scale)
+        more = (delta.routed, delta.shared, delta.gate) if isinstance(delta, Parts) else (delta, None, None)
+        done = self._kernel(x, *more, kind=kind, input_scale=scale)
         if kind is not None:
             self._readers[0].leave(done.y, done.codes, done.scales)
         return x if delta is None else done.summed, done.y

@@ -279,9 +279,9 @@ def expand(scheme: str, K: int) -> Build:
 
 
 def norm(name: str, H: int, kind: int, codes: str | None = None) -> Build:
-    """One form of `rms_norm_kernel`, with a sum where there are codes."""
+    """One form of `rms_norm_kernel`, with a sum of all parts where there are codes."""
     pointers = dict.fromkeys(("x", "weight", "out"), "bf16")
-    optional = {"delta": "bf16", "summed": "bf16", "codes": codes or "", "scales": "f32"}
+    optional = dict.fromkeys(("delta", "shared", "gate", "summed"), "bf16") | {"codes": codes or "", "scales": "f32"}
     pointers |= optional if codes else {}
     size = 1 << (H - 1).bit_length()
     constants: dict[str, Any] = {"H": H, "SIZE": size, "FORM": 2, "KIND": kind}

@@ -11,7 +11,7 @@ from test_runtime_layers import random_layer, spec_of
 pytest.importorskip("triton", reason="triton is not installed")
 
 from runtime.kernels import rms_norm, table
-from runtime.norms import LateRoundingRMSNorm, RMSNorm, ZeroCenteredRMSNorm
+from runtime.norms import LateRoundingRMSNorm, Parts, RMSNorm, ZeroCenteredRMSNorm
 
 CPU = torch.device("cpu")
 
@@ -41,7 +41,7 @@ def test_norms_quantise_for_their_reader(norm: type[RMSNorm], spec: Any, monkeyp
     module.weight = torch.nn.Parameter(torch.linspace(-1, 1, K).bfloat16(), requires_grad=False)
     module.feeds(layer)
     normalize = rms_norm.normalize
-    monkeypatch.setattr(rms_norm, "normalize", lambda *given: (launches.append(given), normalize(*given))[1])
+    monkeypatch.setattr(rms_norm, "normalize", lambda *given, **how: (launches.append(given), normalize(*given, **how))[1])
     leave = layer.leave
     monkeypatch.setattr(layer, "leave", lambda *given: (quantised.append(given), leave(*given))[1])
     random = torch.Generator().manual_seed(0)
@@ -56,6 +56,11 @@ def test_norms_quantise_for_their_reader(norm: type[RMSNorm], spec: Any, monkeyp
     assert torch.equal(layer(y), layer(y.clone()))  # the clone is quantised by the layer itself
     module.after_sum(x, delta)
     assert torch.equal(layer(delta), layer(delta.clone()))  # and so is a tensor that is not the one that codes were left for
+
+    parts = Parts(delta, x * 3, torch.randn(2, 3, 1, generator=random).bfloat16())
+    summed, _ = module.after_sum(x, parts)
+    assert ((summed.float() - (x + parts.total()).float()).abs() <= summed.float().abs() * 2**-6).all()
+    del launches[2:], quantised[2:]
 
     module(x.expand(40, 2, 3, K))  # more tokens than the kernels of the layer are for
     assert len(launches) == 3

@@ -111,9 +111,11 @@ NORMS = {"qwen3_moe": 4 + 2, "qwen3_5": 8, "qwen3_5_moe": 8, "nemotron_h": 5, "s
 
 @pytest.mark.parametrize("family", NORMS)
 def test_norms_quantise_for_whoever_takes_their_output(family: str, launches: list[Any]) -> None:
-    """One launch less for each."""
+    """One launch less for each, and for each sum before a norm: all but the last layer's."""
     steps = steps_at(family, "FP8 tokens", CPU, 5)
     launches.clear()
     steps.step()
-    kinds = [args[11] for kernel, _, args, _ in launches if kernel == "rms_norm_kernel"]
-    assert sum(kind > 0 for kind in kinds) == NORMS[family]
+    norms = [args for kernel, _, args, _ in launches if kernel == "rms_norm_kernel"]
+    assert sum(kind > 0 for *_, kind in norms) == NORMS[family]
+    per_layer = 1 if family == "nemotron_h" else 2
+    assert sum(delta is not None for _, delta, *_ in norms) == per_layer * len(steps.model.model.blocks) - 1

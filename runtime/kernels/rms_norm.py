@@ -1,6 +1,7 @@
 """RMS normalisation of rows, with the addition before it and the quantisation after it, in one launch.
 
     s = x + d                                   where there is a `d`; rounded to bfloat16, and kept: it is the residual
+    d = r + e or r + sigmoid(g) e               where it has parts: routed experts r, shared ones e, perhaps their gate g
     n = s / sqrt(mean(s^2) + eps)               float32
     y = bf16(w * bf16(n)), bf16(w * n) or bf16((1 + w) * n)             `runtime.norms` says who does which
     codes, scales                               of y, as `fp8_quantize` and `nvfp4_quantize` make them
@@ -32,7 +33,7 @@ QUANTIZED = (None, "fp8_static", "fp8_token", "fp8_group", "fp8_group_e8m0", "nv
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """M rows of H; `form` as above; `add`: with `d`; `kind`: how y is quantised."""
+    """M rows of H; `form` as above; `add`: with `d`; `kind`: how y is quantised; `parts`: of `d`, 3 with the gate."""
 
     name: str
     M: int
@@ -41,14 +42,16 @@ class Case:
     add: bool = False
     kind: str | None = None
     tiny: bool = False
+    parts: int = 1
 
     @property
     def nbytes(self) -> int:
         """Everything that is read or written."""
-        return self.M * self.H * (4 + 4 * self.add + (self.kind is not None))
+        return self.M * self.H * (4 + 4 * self.add + 2 * (self.parts > 1) + (self.kind is not None))
 
     def __str__(self) -> str:
-        return f"{self.name}, {self.M}x{self.H}, form {self.form}{', after a sum' * self.add}, {self.kind or 'not'} quantised"
+        added = f", after a sum of {self.parts + 1}" if self.add else ""
+        return f"{self.name}, {self.M}x{self.H}, form {self.form}{added}, {self.kind or 'not'} quantised"
 
 
 CASES = (
@@ -59,8 +62,10 @@ CASES = (
     Case("groups", 2, 400, EARLY, True, "fp8_group", tiny=True),
     Case("groups, powers of two", 2, 128, ZERO_CENTERED, False, "fp8_group_e8m0", tiny=True),
     Case("NVFP4", 3, 208, ZERO_CENTERED, True, "nvfp4", tiny=True),
+    Case("shared experts", 3, 144, LATE, True, "fp8_token", tiny=True, parts=2),
+    Case("gated shared experts", 3, 256, ZERO_CENTERED, True, "fp8_group", tiny=True, parts=3),
     Case("Qwen3.5-27B", 1, 5120, ZERO_CENTERED, True, "fp8_static"),
-    Case("Qwen3.5-35B-A3B", 1, 2048, ZERO_CENTERED, True, "fp8_group"),
+    Case("Qwen3.5-35B-A3B", 1, 2048, ZERO_CENTERED, True, "fp8_group", parts=3),
     Case("Qwen3.5-27B prefill", 4096, 5120, ZERO_CENTERED, True, "fp8_token"),
     Case("Nemotron 3 Super", 8, 4096, LATE, True, "nvfp4"),
 )
@@ -69,19 +74,29 @@ CASES = (
 def make_inputs(case: Case, device: torch.device, seed: int) -> dict[str, Any]:
     """Arguments of `normalize`."""
     random = torch.Generator(device).manual_seed(seed)
-    x, delta = (torch.randn(case.M, case.H, generator=random, device=device).bfloat16() * (2 + 9 * i) for i in range(2))
+    x, delta, shared = (torch.randn(case.M, case.H, generator=random, device=device).bfloat16() * (2 + 9 * i) for i in range(3))
+    gate = torch.randn(case.M, 1, generator=random, device=device).bfloat16()
     weight = (1 + 0.3 * torch.randn(case.H, generator=random, device=device)).bfloat16()
     scale = torch.tensor([0.01], device=device)
     return {"x": x, "weight": weight, "eps": 1e-6, "form": case.form, "delta": delta if case.add else None, "kind": case.kind,
+            "shared": shared if case.parts > 1 else None, "gate": gate if case.parts > 2 else None,
             "input_scale": scale if case.kind in ("fp8_static", "nvfp4") else None}  # fmt: skip
 
 
 def errors(case: Case, device: torch.device, seed: int) -> dict[str, float]:
     """Largest errors over the largest result: of y what exceeds one step of bfloat16, since sums differ; of the codes, that
-    must be those of that y; infinite where a sum is not exact."""
+    must be those of that y; infinite where a sum is not exact, but for a gate, which may round the other way once."""
     given = make_inputs(case, device, seed)
     found = normalize(**given)
-    s = given["x"] if given["delta"] is None else given["x"] + given["delta"]
+    s = given["x"]
+    if given["delta"] is not None:
+        delta = given["delta"]
+        if given["shared"] is not None:
+            delta = delta + (given["shared"] if given["gate"] is None else torch.sigmoid(given["gate"]) * given["shared"])
+        s = s + delta
+        assert found.summed is not None
+        if given["gate"] is not None and (found.summed - s).abs().max() <= 2.0**-6 * s.abs().max():
+            s = found.summed
     n = s.double() * (s.double().square().mean(-1, keepdim=True) + given["eps"]).rsqrt()
     w = given["weight"].double()
     y = w * n.bfloat16().double() if case.form == EARLY else (w if case.form == LATE else 1 + w) * n
@@ -114,10 +129,12 @@ def round_to_bf16(x: tl.tensor) -> tl.tensor:
 
 @triton.jit
 def rms_norm_kernel(
-    x: tl.tensor, delta: tl.tensor, weight: tl.tensor, summed: tl.tensor, out: tl.tensor, codes: tl.tensor, scales: tl.tensor,
-    eps: tl.tensor, H: tl.constexpr, SIZE: tl.constexpr, FORM: tl.constexpr, KIND: tl.constexpr,
+    x: tl.tensor, delta: tl.tensor, shared: tl.tensor, gate: tl.tensor, weight: tl.tensor, summed: tl.tensor,
+    out: tl.tensor, codes: tl.tensor, scales: tl.tensor, eps: tl.tensor,
+    H: tl.constexpr, SIZE: tl.constexpr, FORM: tl.constexpr, KIND: tl.constexpr,
 ) -> None:  # fmt: skip
-    """Program m: row m.  `delta`, `summed`, `codes`, `scales`: None where there is none.  `SIZE`: H rounded up, at least 128.
+    """Program m: row m.  `delta`, `shared`, `gate`, `summed`, `codes`, `scales`: None where there is none.  `SIZE`: H rounded
+    up, at least 128.
 
     `KIND`: index in `QUANTIZED`; `scales` is read for a static scale, else written.
     """
@@ -126,7 +143,13 @@ def rms_norm_kernel(
     real = at < H
     value = tl.load(x + token * H + at, mask=real, other=0.0).to(tl.float32)
     if delta is not None:
-        value = round_to_bf16(value + tl.load(delta + token * H + at, mask=real, other=0.0).to(tl.float32))
+        added = tl.load(delta + token * H + at, mask=real, other=0.0).to(tl.float32)
+        if shared is not None:
+            part = tl.load(shared + token * H + at, mask=real, other=0.0).to(tl.float32)
+            if gate is not None:
+                part = round_to_bf16(round_to_bf16(1.0 / (1.0 + tl.exp(-tl.load(gate + token).to(tl.float32)))) * part)
+            added = round_to_bf16(added + part)
+        value = round_to_bf16(value + added)
         tl.store(summed + token * H + at, value.to(summed.dtype.element_ty), mask=real)
     value *= tl.rsqrt(tl.sum(value * value, 0) / H + eps)
     w = tl.load(weight + at, mask=real, other=0.0).to(tl.float32)
@@ -179,10 +202,11 @@ class Normalized:
 
 
 def normalize(
-    x: Tensor, weight: Tensor, eps: float, form: int, delta: Tensor | None = None, kind: str | None = None,
-    input_scale: Tensor | None = None,
+    x: Tensor, weight: Tensor, eps: float, form: int, delta: Tensor | None = None, shared: Tensor | None = None,
+    gate: Tensor | None = None, kind: str | None = None, input_scale: Tensor | None = None,
 ) -> Normalized:  # fmt: skip
-    """`x` and `delta` bfloat16 `[..., H]`, `weight` `[H]` of any float dtype; `input_scale` float32 `[1]` for static kinds."""
+    """`x`, `delta` and `shared` bfloat16 `[..., H]`, `gate` `[..., 1]`, `weight` `[H]` of any float dtype; `input_scale`
+    float32 `[1]` for static kinds."""
     H = x.shape[-1]
     x = x.contiguous()
     M, device = x.numel() // H, x.device
@@ -190,6 +214,7 @@ def normalize(
     summed, codes, scales = None, None, None
     if delta is not None:
         delta, summed = delta.contiguous(), torch.empty_like(x)
+    shared, gate = (None if part is None else part.contiguous() for part in (shared, gate))
     if kind is not None:
         codes = torch.empty(M, H, dtype=torch.bfloat16 if kind == "nvfp4" else torch.float8_e4m3fn, device=device)
         scales = input_scale
@@ -200,11 +225,11 @@ def normalize(
     size = max(128, triton.next_power_of_2(H))
     warps = min(16, max(1, size // 512))
     rms_norm_kernel[(M,)](
-        x, delta, weight, summed, y, codes, scales, eps, H, size, form, QUANTIZED.index(kind), num_warps=warps
+        x, delta, shared, gate, weight, summed, y, codes, scales, eps, H, size, form, QUANTIZED.index(kind), num_warps=warps
     )
     return Normalized(y, summed, codes, scales)
 
 
 def prepare(weight: Tensor, eps: float, form: int) -> Callable[..., Normalized]:
-    """`normalize` for one norm: a function of `x`, `delta`, `kind` and `input_scale`."""
-    return lambda x, delta=None, kind=None, input_scale=None: normalize(x, weight, eps, form, delta, kind, input_scale)
+    """`normalize` for one norm: a function of `x` and what comes after `form`."""
+    return lambda x, *more, **options: normalize(x, weight, eps, form, *more, **options)

@@ -16,6 +16,7 @@ from runtime.format import CONFIG_FILE, CanonicalConfig, FormatError
 from runtime.layers import Linear
 from runtime.machine import check_memory
 from runtime.nonlinear import swiglu
+from runtime.norms import Delta, total
 from runtime.rotary import Rope
 from runtime.state import Cache, CacheSize, State, Tokens
 
@@ -23,8 +24,9 @@ from runtime.state import Cache, CacheSize, State, Tokens
 class DecoderLayer(Protocol):
     """A block of the trunk."""
 
-    def __call__(self, x: Tensor, at: Tokens, cache: Any) -> Tensor:
-        """`[B, T, H]` to `[B, T, H]`; `cache` is updated in place."""
+    def __call__(self, x: Tensor, delta: Delta | None, at: Tokens, cache: Any) -> tuple[Tensor, Delta]:
+        """Takes the residual `[B, T, H]` and what the layer before adds to it, None for nothing; returns both anew: the first
+        norm of each layer does the addition.  `cache` is updated in place."""
 
     def new_cache(self, size: CacheSize) -> Cache | None:
         """An empty cache, or None for a layer that remembers nothing."""
@@ -85,10 +87,10 @@ class Trunk(nn.Module):
 
     def forward(self, input_ids: Tensor, at: Tokens, caches: Sequence[Cache | None]) -> Tensor:
         """int64 `[B, T]` to hidden states before the final norm, `[B, T, H]` in the compute dtype."""
-        x = self.embed_tokens.lookup(input_ids, self.dtype)
+        x, delta = self.embed_tokens.lookup(input_ids, self.dtype), None
         for layer, cache in zip(self.blocks, caches, strict=True):
-            x = layer(x, at, cache)
-        return x
+            x, delta = layer(x, delta, at, cache)
+        return x if delta is None else total(x, delta)
 
     def turned(self, at: Tokens) -> Tokens:
         """`at` with the cosines and sines of its positions."""

@@ -23,7 +23,7 @@ from runtime.kernels.table import MAMBA_SCAN, MAMBA_STEP
 from runtime.layers import Linear, stored
 from runtime.models.base import CausalLM, Draft, Trunk
 from runtime.nonlinear import relu2
-from runtime.norms import GroupedRMSNorm, LateRoundingRMSNorm
+from runtime.norms import Delta, GroupedRMSNorm, LateRoundingRMSNorm, Parts
 from runtime.recurrent import RecurrentMixer
 from runtime.rotary import split_heads
 from runtime.routing import Router, Rule
@@ -110,8 +110,8 @@ class Mixer(Protocol):
 
     first: tuple[Linear | None]  # a tuple, so that it is no child of this name
 
-    def __call__(self, x: Tensor, at: Tokens, cache: Any) -> Tensor:
-        """`[B, T, H]` to `[B, T, H]`; `cache` is updated in place."""
+    def __call__(self, x: Tensor, at: Tokens, cache: Any) -> Delta:
+        """`[B, T, H]` to `[B, T, H]`, perhaps in parts; `cache` is updated in place."""
 
     def new_cache(self, size: CacheSize) -> Cache | None:
         """An empty cache, or None for a mixer that remembers nothing."""
@@ -229,10 +229,10 @@ class MoE(PerToken):
         self.shared_experts = MLP(build, f"{name}.shared_experts", hidden, shared)
         self.first = self.shared_experts.first
 
-    def forward(self, x: Tensor, *_: object) -> Tensor:
-        """`[B, T, H]` to `[B, T, H]`."""
+    def forward(self, x: Tensor, *_: object) -> Parts:
+        """`[B, T, H]` to parts of `[B, T, H]`."""
         tokens = x.flatten(0, 1)
-        return self.routed(tokens, *self.route(tokens)).view_as(x) + self.shared_experts(x)
+        return Parts(self.routed(tokens, *self.route(tokens)).view_as(x), self.shared_experts(x))
 
     def routed(self, tokens: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
         """What the experts make of `[T, H]`."""
@@ -272,9 +272,10 @@ class Block(nn.Module):
         self.mixer: Mixer = MIXERS[kind](a, build, f"{name}.mixer", index)
         self.norm.feeds(*self.mixer.first)
 
-    def forward(self, x: Tensor, at: Tokens, cache: Cache | None) -> Tensor:
-        """`[B, T, H]` to `[B, T, H]`."""
-        return x + self.mixer(self.norm(x), at, cache)
+    def forward(self, x: Tensor, delta: Delta | None, at: Tokens, cache: Cache | None) -> tuple[Tensor, Delta]:
+        """See `DecoderLayer`."""
+        x, y = self.norm.after_sum(x, delta)
+        return x, self.mixer(y, at, cache)
 
     def new_cache(self, size: CacheSize) -> Cache | None:
         """An empty cache, or None for a block that remembers nothing."""
@@ -307,10 +308,11 @@ class DraftHead:
 
     def __call__(self, hidden: Tensor, embedded: Tensor, at: Tokens, cache: Cache | None) -> Tensor:
         """`[B, T, H]` twice to `[B, T, H]`."""
-        x = self.blocks[0].join(hidden, embedded)
+        x, delta = self.blocks[0].join(hidden, embedded), None
         for block in self.blocks:
-            x = block(x, at, cache)  # only the one with attention looks at the cache
-        return self.blocks[-1].final_layernorm(x)
+            x, delta = block(x, delta, at, cache)  # only the one with attention looks at the cache
+        normalized: Tensor = self.blocks[-1].final_layernorm.after_sum(x, delta)[1]
+        return normalized
 
     def logits(self, hidden: Tensor, head: Linear) -> Tensor:
         """By the trunk's head."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from runtime.architecture import RotaryArchitecture, refused
 from runtime.builder import LayerBuilder
 from runtime.models.base import CausalLM, GatedMLP, Trunk, first_of
-from runtime.norms import RMSNorm
+from runtime.norms import Delta, RMSNorm
 from runtime.rotary import Rope, split_heads
 from runtime.state import CacheSize, KVCache, Tokens
 
@@ -83,10 +83,11 @@ class Layer(nn.Module):
         self.input_layernorm.feeds(attention.qkv.only)
         self.post_attention_layernorm.feeds(first_of(mlp))
 
-    def forward(self, x: Tensor, at: Tokens, cache: KVCache) -> Tensor:
-        """`[B, T, H]` to `[B, T, H]`."""
-        x, y = self.post_attention_layernorm.after_sum(x, self.self_attn(self.input_layernorm(x), at, cache))
-        return x + self.mlp(y)
+    def forward(self, x: Tensor, delta: Delta | None, at: Tokens, cache: KVCache) -> tuple[Tensor, Delta]:
+        """See `DecoderLayer`."""
+        x, y = self.input_layernorm.after_sum(x, delta)
+        x, y = self.post_attention_layernorm.after_sum(x, self.self_attn(y, at, cache))
+        return x, self.mlp(y)
 
     def new_cache(self, size: CacheSize) -> KVCache:
         """An empty cache."""

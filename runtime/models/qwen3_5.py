@@ -20,7 +20,7 @@ from runtime.kernels.gated_delta import Sizes, gated_delta
 from runtime.kernels.table import DELTA_SCAN, DELTA_STEP
 from runtime.layers import Linear, stored
 from runtime.models.base import CausalLM, Draft, GatedMLP, Trunk, first_of
-from runtime.norms import GatedRMSNorm, ZeroCenteredRMSNorm
+from runtime.norms import Delta, GatedRMSNorm, ZeroCenteredRMSNorm
 from runtime.recurrent import RecurrentMixer
 from runtime.rotary import Rope, split_heads
 from runtime.state import CacheSize, KVCache, RecurrentCache, Tokens
@@ -172,10 +172,11 @@ class Layer(nn.Module):
         """The layer's attention, of either kind."""
         return self.linear_attn if self.is_linear else self.self_attn
 
-    def forward(self, x: Tensor, at: Tokens, cache: KVCache | RecurrentCache) -> Tensor:
-        """`[B, T, H]` to `[B, T, H]`."""
-        x, y = self.post_attention_layernorm.after_sum(x, self.mixer(self.input_layernorm(x), at, cache))
-        return x + self.mlp(y)
+    def forward(self, x: Tensor, delta: Delta | None, at: Tokens, cache: KVCache | RecurrentCache) -> tuple[Tensor, Delta]:
+        """See `DecoderLayer`."""
+        x, y = self.input_layernorm.after_sum(x, delta)
+        x, y = self.post_attention_layernorm.after_sum(x, self.mixer(y, at, cache))
+        return x, self.mlp(y)
 
     def new_cache(self, size: CacheSize) -> KVCache | RecurrentCache:
         """An empty cache."""
@@ -200,7 +201,7 @@ class MTP(nn.Module):
     def forward(self, hidden: Tensor, embedded: Tensor, at: Tokens, cache: KVCache) -> Tensor:
         """`[B, T, H]` twice to `[B, T, H]`."""
         joined = torch.cat([self.pre_fc_norm_embedding(embedded), self.pre_fc_norm_hidden(hidden)], -1)
-        return self.norm(self.layers[0](self.fc(joined), at, cache))
+        return self.norm.after_sum(*self.layers[0](self.fc(joined), None, at, cache))[1]
 
     def logits(self, hidden: Tensor, head: Linear) -> Tensor:
         """By the trunk's head."""

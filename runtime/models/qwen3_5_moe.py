@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from runtime.builder import LayerBuilder
@@ -13,6 +12,7 @@ from runtime.models.base import GatedMLP
 from runtime.models.qwen3_5 import HybridArchitecture, HybridLM
 from runtime.models.qwen3_moe import check_experts
 from runtime.nonlinear import swiglu
+from runtime.norms import Parts
 from runtime.routing import Router, Rule
 
 
@@ -42,11 +42,11 @@ class SharedSparseMLP(nn.Module):
         self.shared_expert = GatedMLP(build, f"{name}.shared_expert", a.hidden_size, a.shared_expert_intermediate_size)
         self.shared_expert_gate = build.linear(f"{name}.shared_expert_gate", 1, a.hidden_size)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """`[B, T, H]` to `[B, T, H]`."""
+    def forward(self, x: Tensor) -> Parts:
+        """`[B, T, H]` to parts of `[B, T, H]`."""
         tokens = x.flatten(0, 1)
         routed = self.experts(tokens, *self.route(tokens))
-        return routed.view_as(x) + torch.sigmoid(self.shared_expert_gate(x)) * self.shared_expert(x)
+        return Parts(routed.view_as(x), self.shared_expert(x), self.shared_expert_gate(x))
 
 
 class Qwen3_5Moe(HybridLM):  # noqa: N801 (the family's own spelling)

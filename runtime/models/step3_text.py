@@ -5,12 +5,10 @@ Source: vLLM 0.33 `step3_text.py`.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from runtime.architecture import Architecture, refused
@@ -19,7 +17,7 @@ from runtime.experts import Experts
 from runtime.models.base import CausalLM, GatedMLP, Trunk, first_of
 from runtime.models.qwen3_moe import check_experts
 from runtime.nonlinear import swiglu
-from runtime.norms import RMSNorm
+from runtime.norms import Delta, Parts, RMSNorm
 from runtime.rotary import Rope, split_heads
 from runtime.routing import Router, Rule
 from runtime.state import CacheSize, KVCache, KVFormat, Tokens
@@ -135,10 +133,12 @@ class Layer(nn.Module):
         self.input_layernorm.feeds(attention.qkv.only)
         self.post_attention_layernorm.feeds(next(filter(None, map(first_of, self.branches)), None))
 
-    def forward(self, x: Tensor, at: Tokens, cache: KVCache) -> Tensor:
-        """`[B, T, H]` to `[B, T, H]`."""
-        x, y = self.post_attention_layernorm.after_sum(x, self.self_attn(self.input_layernorm(x), at, cache))
-        return x + functools.reduce(torch.add, [branch(y) for branch in self.branches])
+    def forward(self, x: Tensor, delta: Delta | None, at: Tokens, cache: KVCache) -> tuple[Tensor, Delta]:
+        """See `DecoderLayer`."""
+        x, y = self.input_layernorm.after_sum(x, delta)
+        x, y = self.post_attention_layernorm.after_sum(x, self.self_attn(y, at, cache))
+        first, *rest = [branch(y) for branch in self.branches]
+        return x, Parts(first, *rest) if rest else first
 
     def new_cache(self, size: CacheSize) -> KVCache:
         """An empty cache."""

@@ -19,7 +19,7 @@ from runtime.layers import Linear, stored
 from runtime.models.base import CausalLM, Draft, GatedMLP, Trunk
 from runtime.models.step3_text import Layer, StepArchitecture, StepAttention
 from runtime.nonlinear import SwiGLU
-from runtime.norms import ZeroCenteredRMSNorm
+from runtime.norms import ZeroCenteredRMSNorm, total
 from runtime.rotary import Rope, split_heads
 from runtime.routing import Router, Rule
 from runtime.state import KVCache, Tokens
@@ -193,7 +193,7 @@ class MTP(Layer):
     def forward(self, hidden: Tensor, embedded: Tensor, at: Tokens, cache: KVCache) -> Tensor:  # type: ignore[override]
         """`[B, T, H]` twice to `[B, T, H]`."""
         joined = torch.cat([self.enorm(embedded), self.hnorm(hidden)], -1)
-        return super().forward(self.eh_proj(joined), at, cache)
+        return total(*super().forward(self.eh_proj(joined), None, at, cache))
 
     def logits(self, hidden: Tensor, head: Linear) -> Tensor:
         """By its own norm and matrix."""
