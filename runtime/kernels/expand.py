@@ -24,7 +24,7 @@ from runtime.format import FP8_BLOCK, MX_GROUP, NVFP4_GROUP, ModuleSpec
 from runtime.format import SCHEMES as ALL
 from runtime.kernels.fp8_linear import input_runs, row_blocks, row_partitions
 from runtime.kernels.nvfp4_quantize import quantize as quantize_nvfp4
-from runtime.kernels.rms_norm import round_to_bf16
+from runtime.kernels.quantized import round_to_bf16
 
 SCHEMES = tuple(ALL)
 ACTIVATIONS: tuple[str | None, ...] = (None, *KINDS)

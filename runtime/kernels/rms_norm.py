@@ -6,7 +6,7 @@
     y = bf16(w * bf16(n)), bf16(w * n) or bf16((1 + w) * n)             `runtime.norms` says who does which
     codes, scales                               of y, as `fp8_quantize` and `nvfp4_quantize` make them
 
-Roundings to bfloat16 are done by integer arithmetic, because the interpreter truncates; the casts after it are exact.
+Roundings to bfloat16 are done by integer arithmetic, because the interpreter truncates; casts after them are exact.
 """
 
 from __future__ import annotations
@@ -20,15 +20,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from runtime.activations import fake_quantize
-from runtime.format import FP8_BLOCK
-from runtime.kernels.fp8_quantize import power_of_two_above, round_to_e4m3, to_codes
-from runtime.kernels.nvfp4_quantize import round_to_e2m1
+from runtime.kernels.quantized import KINDS, STATIC, codes_error, room, round_to_bf16, store_quantized
 
 SCHEMES = ("rms norm",)
 ACTIVATIONS: tuple[str | None, ...] = (None,)
 EARLY, LATE, ZERO_CENTERED = 0, 1, 2  # forms of y, in the order above
-QUANTIZED = (None, "fp8_static", "fp8_token", "fp8_group", "fp8_group_e8m0", "nvfp4")  # by their numbers in the kernel
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +76,7 @@ def make_inputs(case: Case, device: torch.device, seed: int) -> dict[str, Any]:
     scale = torch.tensor([0.01], device=device)
     return {"x": x, "weight": weight, "eps": 1e-6, "form": case.form, "delta": delta if case.add else None, "kind": case.kind,
             "shared": shared if case.parts > 1 else None, "gate": gate if case.parts > 2 else None,
-            "input_scale": scale if case.kind in ("fp8_static", "nvfp4") else None}  # fmt: skip
+            "input_scale": scale if case.kind in STATIC else None}  # fmt: skip
 
 
 def errors(case: Case, device: torch.device, seed: int) -> dict[str, float]:
@@ -105,12 +101,8 @@ def errors(case: Case, device: torch.device, seed: int) -> dict[str, float]:
     if found.summed is not None:
         worst["sum"] = 0.0 if torch.equal(found.summed, s) else torch.inf
     if found.codes is not None:
-        scale = given["input_scale"] if found.scales is None else found.scales
-        if case.kind in ("fp8_group", "fp8_group_e8m0"):
-            scale = scale.repeat_interleave(FP8_BLOCK, 1)[:, : case.H]
-        decoded = found.codes.double() * (scale.double().unsqueeze(-1) if case.kind == "fp8_token" else scale.double())
-        expected = fake_quantize(found.y.float(), case.kind or "", given["input_scale"]).double()
-        worst["codes"] = float((decoded - expected).abs().max() / expected.abs().max())
+        assert found.scales is not None
+        worst["codes"] = codes_error(found.y, found.codes, found.scales, case.kind or "", given["input_scale"])
     return worst
 
 
@@ -118,13 +110,6 @@ def launch(case: Case, device: torch.device, seed: int) -> Callable[[], object]:
     """A launch to time."""
     given = make_inputs(case, device, seed)
     return lambda: normalize(**given)
-
-
-@triton.jit
-def round_to_bf16(x: tl.tensor) -> tl.tensor:
-    """Finite float32 to the nearest bfloat16, ties to even, still in float32."""
-    bits = x.to(tl.int32, bitcast=True)
-    return ((bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -136,7 +121,7 @@ def rms_norm_kernel(
     """Program m: row m.  `delta`, `shared`, `gate`, `summed`, `codes`, `scales`: None where there is none.  `SIZE`: H rounded
     up, at least 128.
 
-    `KIND`: index in `QUANTIZED`; `scales` is read for a static scale, else written.
+    `KIND`: of `quantized`; `scales` is read for a static scale, else written.
     """
     token = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, SIZE)
@@ -161,34 +146,8 @@ def rms_norm_kernel(
         value = (1.0 + w) * value
     value = tl.where(real, round_to_bf16(value), 0.0)
     tl.store(out + token * H + at, value.to(out.dtype.element_ty), mask=real)
-    if KIND == 1:
-        tl.store(codes + token * H + at, to_codes(value, tl.load(scales)), mask=real)
-    elif KIND == 2:
-        scale = tl.div_rn(tl.max(tl.abs(value), 0), 448.0)
-        tl.store(scales + token, scale)
-        tl.store(codes + token * H + at, to_codes(value, scale), mask=real)
-    elif KIND == 3 or KIND == 4:
-        groups: tl.constexpr = SIZE // 128
-        value = tl.reshape(value, (groups, 128))
-        scale = tl.div_rn(tl.max(tl.abs(value), 1), tl.full((groups,), 448.0, tl.float32))
-        if KIND == 4:
-            scale = power_of_two_above(scale)
-        group = tl.arange(0, groups)
-        columns: tl.constexpr = (H + 127) // 128
-        tl.store(scales + token * columns + group, scale, mask=group < columns)
-        at = group[:, None] * 128 + tl.arange(0, 128)[None, :]
-        tl.store(codes + token * H + at, to_codes(value, scale[:, None]), mask=at < H)
-    elif KIND == 5:
-        blocks: tl.constexpr = SIZE // 16
-        value = tl.reshape(value, (blocks, 16))
-        outer = tl.load(scales)
-        amax = tl.max(tl.abs(value), 1)
-        inner = tl.div_rn(tl.div_rn(amax, tl.full((blocks,), 6.0, tl.float32)), outer)
-        inner = round_to_e4m3(tl.minimum(inner, 448.0))
-        scale = inner * outer
-        value = round_to_e2m1(tl.div_rn(value, tl.where(scale == 0, 1.0, scale)[:, None])) * inner[:, None]
-        at = tl.arange(0, blocks)[:, None] * 16 + tl.arange(0, 16)[None, :]
-        tl.store(codes + token * H + at, value.to(codes.dtype.element_ty), mask=at < H)
+    if KIND > 0:
+        store_quantized(value, codes, scales, token, 0, H, H, SIZE, KIND)
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,16 +175,11 @@ def normalize(
         delta, summed = delta.contiguous(), torch.empty_like(x)
     shared, gate = (None if part is None else part.contiguous() for part in (shared, gate))
     if kind is not None:
-        codes = torch.empty(M, H, dtype=torch.bfloat16 if kind == "nvfp4" else torch.float8_e4m3fn, device=device)
-        scales = input_scale
-        if kind == "fp8_token":
-            scales = torch.empty(M, dtype=torch.float32, device=device)
-        elif kind.startswith("fp8_group"):
-            scales = torch.empty(M, -(-H // 128), dtype=torch.float32, device=device)
+        codes, scales = room(M, H, kind, input_scale, device)
     size = max(128, triton.next_power_of_2(H))
     warps = min(16, max(1, size // 512))
     rms_norm_kernel[(M,)](
-        x, delta, shared, gate, weight, summed, y, codes, scales, eps, H, size, form, QUANTIZED.index(kind), num_warps=warps
+        x, delta, shared, gate, weight, summed, y, codes, scales, eps, H, size, form, KINDS.index(kind), num_warps=warps
     )
     return Normalized(y, summed, codes, scales)
 

@@ -1,0 +1,101 @@
+"""What a kernel leaves for the quantised layer that takes its output: the input of that layer, quantised in the same launch.
+
+    codes, scales     of an output that is rounded to bfloat16, bit for bit as `fp8_quantize` and `nvfp4_quantize` make them
+
+A program has a piece of a row, and needs nothing of the others: `fits` says for which kinds that is so.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from runtime.activations import fake_quantize
+from runtime.format import FP8_BLOCK, NVFP4_GROUP
+from runtime.kernels.fp8_quantize import power_of_two_above, to_codes
+from runtime.kernels.nvfp4_quantize import two_levels
+
+KINDS = (None, "fp8_static", "fp8_token", "fp8_group", "fp8_group_e8m0", "nvfp4")  # by their numbers in kernels
+# Kind -> inputs that share what is computed of them; a piece of a row must have whole groups.
+_GROUPS = {None: 1, "fp8_static": 1, "fp8_group": FP8_BLOCK, "fp8_group_e8m0": FP8_BLOCK, "nvfp4": NVFP4_GROUP}
+STATIC = ("fp8_static", "nvfp4")  # kinds with a stored scale
+
+
+@dataclass(frozen=True, slots=True)
+class Quantized:
+    """Output `y` `[..., K]`, and `codes` `[M, K]` and `scales` as `quantize` of its kind returns them."""
+
+    y: Tensor
+    codes: Tensor
+    scales: Tensor
+
+
+def fits(kind: str | None, piece: int) -> bool:
+    """Whether `piece` elements of a row can be quantised without the others."""
+    return kind in _GROUPS and piece % _GROUPS[kind] == 0
+
+
+def room(M: int, K: int, kind: str, input_scale: Tensor | None, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Codes and scales for `store_quantized` to fill.  Of a kind with a stored scale, it is `input_scale`, float32 `[1]`."""
+    codes = torch.empty(M, K, dtype=torch.bfloat16 if kind == "nvfp4" else torch.float8_e4m3fn, device=device)
+    if kind in STATIC:
+        assert input_scale is not None
+        return codes, input_scale
+    shape = (M,) if kind == "fp8_token" else (M, -(-K // FP8_BLOCK))
+    return codes, torch.empty(shape, dtype=torch.float32, device=device)
+
+
+def codes_error(y: Tensor, codes: Tensor, scales: Tensor, kind: str, input_scale: Tensor | None) -> float:
+    """Largest difference of what `codes` and `scales` stand for from `y` `[M, K]` quantised, over the largest value."""
+    scale = scales.double()
+    if kind in ("fp8_group", "fp8_group_e8m0"):
+        scale = scale.repeat_interleave(FP8_BLOCK, 1)[:, : y.shape[1]]
+    decoded = codes.double() * (scale.unsqueeze(-1) if kind == "fp8_token" else scale)
+    expected = fake_quantize(y.float(), kind, input_scale).double()
+    return float((decoded - expected).abs().max() / expected.abs().max())
+
+
+@triton.jit
+def round_to_bf16(x: tl.tensor) -> tl.tensor:
+    """Finite float32 to the nearest bfloat16, ties to even, still in float32.  By integers, as the interpreter truncates."""
+    bits = x.to(tl.int32, bitcast=True)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def store_quantized(
+    value: tl.tensor, codes: tl.tensor, scales: tl.tensor, row: tl.tensor, first: tl.tensor,
+    K: tl.constexpr, PIECE: tl.constexpr, SIZE: tl.constexpr, KIND: tl.constexpr,
+) -> None:  # fmt: skip
+    """Quantise `PIECE` elements of row `row` of K, from element `first`: float32 `[SIZE]`, 0 from `PIECE` on.
+
+    `KIND`: index in `KINDS`; 0 does nothing, and for "fp8_token" the piece is the row.  `scales` is read where it is stored.
+    """
+    at = tl.arange(0, SIZE)
+    codes += row * K + first
+    if KIND == 1:
+        tl.store(codes + at, to_codes(value, tl.load(scales)), mask=at < PIECE)
+    elif KIND == 2:
+        scale = tl.div_rn(tl.max(tl.abs(value), 0), 448.0)
+        tl.store(scales + row, scale)
+        tl.store(codes + at, to_codes(value, scale), mask=at < PIECE)
+    elif KIND == 3 or KIND == 4:
+        groups: tl.constexpr = SIZE // 128
+        value = tl.reshape(value, (groups, 128))
+        scale = tl.div_rn(tl.max(tl.abs(value), 1), tl.full((groups,), 448.0, tl.float32))
+        if KIND == 4:
+            scale = power_of_two_above(scale)
+        group = tl.arange(0, groups)
+        columns: tl.constexpr = (K + 127) // 128
+        tl.store(scales + row * columns + first // 128 + group, scale, mask=group * 128 < PIECE)
+        at = group[:, None] * 128 + tl.arange(0, 128)[None, :]
+        tl.store(codes + at, to_codes(value, scale[:, None]), mask=at < PIECE)
+    elif KIND == 5:
+        blocks: tl.constexpr = SIZE // 16
+        value, inner = two_levels(tl.reshape(value, (blocks, 16)), tl.load(scales), blocks)
+        at = tl.arange(0, blocks)[:, None] * 16 + tl.arange(0, 16)[None, :]
+        tl.store(codes + at, (value * inner[:, None]).to(codes.dtype.element_ty), mask=at < PIECE)
