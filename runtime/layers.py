@@ -111,7 +111,7 @@ class QuantizedLinear(Linear):
         for role, tensor in module_tensors(spec).items():
             setattr(self, role, stored(*tensor.shape, dtype=tensor.dtype))
         self.bias = stored(spec.shape[0]) if bias else None
-        self._left: tuple[Tensor, tuple[Tensor, Tensor]] | None = None
+        self._left: tuple[Tensor, tuple[Tensor, Tensor | None]] | None = None
 
     def dequantize(self, rows: Rows = ALL) -> Tensor:
         """The exact values of the weight, or of some of its rows, in float32: `[..., K]`.  Source: `format.py`."""
@@ -139,7 +139,7 @@ class QuantizedLinear(Linear):
             return None
         return self.activations, self.input_scale[:1] if "input_scale" in self._parameters else None
 
-    def leave(self, x: Tensor, codes: Tensor, scales: Tensor) -> None:
+    def leave(self, x: Tensor, codes: Tensor, scales: Tensor | None) -> None:
         """What quantising `x` by `input_kind` gives, made elsewhere: the next call takes it if its input is `x` itself."""
         self._left = x, (codes, scales)
 

@@ -26,6 +26,8 @@ READERS = [
     (RMSNorm, ("fp8_tensor", (24, 16), 96, "fp8_static")),
     (LateRoundingRMSNorm, ("fp8_block", (130,), 160, "fp8_group")),
     (ZeroCenteredRMSNorm, ("nvfp4", (40,), 96, "nvfp4")),
+    (RMSNorm, ("mxfp8", (40,), 96, "mxfp8")),
+    (RMSNorm, ("mxfp4", (40,), 96, "mxfp4")),
 ]
 
 

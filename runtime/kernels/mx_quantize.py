@@ -22,11 +22,8 @@ GROUPS_AT_ONCE = 32  # groups of 32 inputs per program
 
 
 @triton.jit
-def mx_quantize_kernel(x: tl.tensor, out: tl.tensor, K: tl.constexpr, GROUPS: tl.constexpr, E2M1: tl.constexpr) -> None:
-    """Program (m, g): `GROUPS` groups of token m."""
-    token = tl.program_id(0).to(tl.int64)
-    at = (tl.program_id(1) * GROUPS + tl.arange(0, GROUPS))[:, None] * 32 + tl.arange(0, 32)[None, :]
-    values = tl.load(x + token * K + at, mask=at < K, other=0.0).to(tl.float32)
+def mx_values(values: tl.tensor, GROUPS: tl.constexpr, E2M1: tl.constexpr) -> tl.tensor:
+    """What float32 `[GROUPS, 32]` become, still in float32."""
     amax = tl.max(tl.abs(values), 1)
     if E2M1:
         bits = amax.to(tl.int32, bitcast=True)
@@ -37,7 +34,17 @@ def mx_quantize_kernel(x: tl.tensor, out: tl.tensor, K: tl.constexpr, GROUPS: tl
         scale = power_of_two_above(tl.div_rn(amax, tl.full((GROUPS,), 448.0, tl.float32)))
         values = tl.div_rn(values, scale[:, None] + tl.zeros_like(values))
         values = round_to_e4m3(tl.minimum(tl.maximum(values, -448.0), 448.0))
-    tl.store(out + token * K + at, (values * scale[:, None]).to(out.dtype.element_ty), mask=at < K)
+    return values * scale[:, None]
+
+
+@triton.jit
+def mx_quantize_kernel(x: tl.tensor, out: tl.tensor, K: tl.constexpr, GROUPS: tl.constexpr, E2M1: tl.constexpr) -> None:
+    """Program (m, g): `GROUPS` groups of token m."""
+    token = tl.program_id(0).to(tl.int64)
+    at = (tl.program_id(1) * GROUPS + tl.arange(0, GROUPS))[:, None] * 32 + tl.arange(0, 32)[None, :]
+    values = tl.load(x + token * K + at, mask=at < K, other=0.0).to(tl.float32)
+    values = mx_values(values, GROUPS, E2M1)
+    tl.store(out + token * K + at, values.to(out.dtype.element_ty), mask=at < K)
 
 
 def quantize(x: Tensor, kind: str) -> Tensor:

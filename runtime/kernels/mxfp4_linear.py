@@ -50,7 +50,7 @@ def word_selectors(device: torch.device) -> Tensor:
 
 
 def prepare(spec: ModuleSpec, tensors: Mapping[str, Tensor]) -> Callable[..., Tensor]:
-    """As `nvfp4_linear.prepare`, without `left`.  Keeps 4 bytes per row beside the weight, and waits for nothing."""
+    """As `nvfp4_linear.prepare`.  Keeps 4 bytes per row beside the weight, and waits for nothing."""
     N, K = spec.shape
     scale, bias, device = tensors["weight_scale"].contiguous(), tensors.get("bias"), tensors["weight"].device
     largest = scale.max().int().clamp(max=246)  # beyond are numbers from 2**120 on
@@ -59,10 +59,12 @@ def prepare(spec: ModuleSpec, tensors: Mapping[str, Tensor]) -> Callable[..., Te
     words, name = tensors["weight"].view(torch.int32), tuned.name("mxfp4_linear", spec.scheme, spec.activations)
     exponents = scale.view(torch.int32) if K % 128 == 0 else scale
 
-    def linear(x: Tensor, out: Tensor | None = None, tiles: Tiles | None = None, left: object = None) -> Tensor:
+    def linear(
+        x: Tensor, out: Tensor | None = None, tiles: Tiles | None = None, left: tuple[Tensor, Tensor | None] | None = None
+    ) -> Tensor:
         x = x.contiguous()
         result = torch.empty(len(x), N, dtype=x.dtype, device=device) if out is None else out
-        inputs = x if spec.activations is None else quantize(x, spec.activations)
+        inputs = x if spec.activations is None else left[0] if left else quantize(x, spec.activations)
         for first in range(0, len(x), SHAPES[-1].tokens):
             part = inputs[first : first + SHAPES[-1].tokens]
             cut = tiles or tiles_for(name, SHAPES, len(part), N, K, device)

@@ -100,17 +100,19 @@ def mxfp8_linear_kernel(
 
 
 def prepare(spec: ModuleSpec, tensors: Mapping[str, Tensor]) -> Callable[..., Tensor]:
-    """As `fp8_linear.prepare`, without `left`: a function of `x` `[M, K]`, 1 <= M <= 64, bfloat16."""
+    """As `fp8_linear.prepare`: a function of `x` `[M, K]`, 1 <= M <= 64, bfloat16."""
     N, K = spec.shape
     weight, scale, bias = tensors["weight"], tensors["weight_scale"], tensors.get("bias")
     device = weight.device
     name = tuned.name("mxfp8_linear", spec.scheme, spec.activations)
 
-    def linear(x: Tensor, out: Tensor | None = None, tiles: Tiles | None = None, left: object = None) -> Tensor:
+    def linear(
+        x: Tensor, out: Tensor | None = None, tiles: Tiles | None = None, left: tuple[Tensor, Tensor | None] | None = None
+    ) -> Tensor:
         x = x.contiguous()
         M = len(x)
         result = torch.empty(M, N, dtype=x.dtype, device=device) if out is None else out
-        inputs = x if spec.activations is None else quantize(x, spec.activations)
+        inputs = x if spec.activations is None else left[0] if left else quantize(x, spec.activations)
         cut = tiles or tiles_for(name, SHAPES, M, N, K, device)
         mxfp8_linear_kernel[(-(-N // cut.rows), cut.split)](
             inputs, weight, scale, bias, result, workspace(cut, N, device), counters(device), M, N, N, K, cut.rows, cut.tokens,

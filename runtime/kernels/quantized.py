@@ -1,6 +1,6 @@
 """What a kernel leaves for the quantised layer that takes its output: the input of that layer, quantised in the same launch.
 
-    codes, scales     of an output that is rounded to bfloat16, bit for bit as `fp8_quantize` and `nvfp4_quantize` make them
+    codes, scales     of an output that is rounded to bfloat16, bit for bit as the files `*_quantize` make them
 
 A program has a piece of a row, and needs nothing of the others: `fits` says for which kinds that is so.
 """
@@ -15,23 +15,26 @@ import triton.language as tl
 from torch import Tensor
 
 from runtime.activations import fake_quantize
-from runtime.format import FP8_BLOCK, NVFP4_GROUP
+from runtime.format import FP8_BLOCK, MX_GROUP, NVFP4_GROUP
 from runtime.kernels.fp8_quantize import power_of_two_above, to_codes
+from runtime.kernels.mx_quantize import mx_values
 from runtime.kernels.nvfp4_quantize import two_levels
 
-KINDS = (None, "fp8_static", "fp8_token", "fp8_group", "fp8_group_e8m0", "nvfp4")  # by their numbers in kernels
+# By their numbers in kernels.
+KINDS = (None, "fp8_static", "fp8_token", "fp8_group", "fp8_group_e8m0", "nvfp4", "mxfp8", "mxfp4")
 # Kind -> inputs that share what is computed of them; a piece of a row must have whole groups.
 _GROUPS = {None: 1, "fp8_static": 1, "fp8_group": FP8_BLOCK, "fp8_group_e8m0": FP8_BLOCK, "nvfp4": NVFP4_GROUP}
+_GROUPS |= {"mxfp8": MX_GROUP, "mxfp4": MX_GROUP}
 STATIC = ("fp8_static", "nvfp4")  # kinds with a stored scale
 
 
 @dataclass(frozen=True, slots=True)
 class Quantized:
-    """Output `y` `[..., K]`, and `codes` `[M, K]` and `scales` as `quantize` of its kind returns them."""
+    """Output `y` `[..., K]`, and `codes` `[M, K]` and `scales` as `quantize` of its kind returns them; None without one."""
 
     y: Tensor
     codes: Tensor
-    scales: Tensor
+    scales: Tensor | None
 
 
 def fits(kind: str | None, piece: int) -> bool:
@@ -39,19 +42,23 @@ def fits(kind: str | None, piece: int) -> bool:
     return kind in _GROUPS and piece % _GROUPS[kind] == 0
 
 
-def room(M: int, K: int, kind: str, input_scale: Tensor | None, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Codes and scales for `store_quantized` to fill.  Of a kind with a stored scale, it is `input_scale`, float32 `[1]`."""
-    codes = torch.empty(M, K, dtype=torch.bfloat16 if kind == "nvfp4" else torch.float8_e4m3fn, device=device)
+def room(
+    M: int, K: int, kind: str, input_scale: Tensor | None, device: torch.device
+) -> tuple[Tensor, Tensor | None]:
+    """Codes and scales for `store_quantized` to fill.  Of a kind with a stored scale, it is `input_scale`, float32 `[1]`; None
+    where codes hold it."""
+    codes = torch.empty(M, K, dtype=torch.float8_e4m3fn if kind.startswith("fp8") else torch.bfloat16, device=device)
     if kind in STATIC:
-        assert input_scale is not None
         return codes, input_scale
+    if not kind.startswith("fp8"):
+        return codes, None
     shape = (M,) if kind == "fp8_token" else (M, -(-K // FP8_BLOCK))
     return codes, torch.empty(shape, dtype=torch.float32, device=device)
 
 
-def codes_error(y: Tensor, codes: Tensor, scales: Tensor, kind: str, input_scale: Tensor | None) -> float:
+def codes_error(y: Tensor, codes: Tensor, scales: Tensor | None, kind: str, input_scale: Tensor | None) -> float:
     """Largest difference of what `codes` and `scales` stand for from `y` `[M, K]` quantised, over the largest value."""
-    scale = scales.double()
+    scale = torch.ones(1, device=y.device).double() if scales is None else scales.double()
     if kind in ("fp8_group", "fp8_group_e8m0"):
         scale = scale.repeat_interleave(FP8_BLOCK, 1)[:, : y.shape[1]]
     decoded = codes.double() * (scale.unsqueeze(-1) if kind == "fp8_token" else scale)
@@ -69,20 +76,20 @@ def round_to_bf16(x: tl.tensor) -> tl.tensor:
 @triton.jit
 def store_quantized(
     value: tl.tensor, codes: tl.tensor, scales: tl.tensor, row: tl.tensor, first: tl.tensor,
-    K: tl.constexpr, PIECE: tl.constexpr, SIZE: tl.constexpr, KIND: tl.constexpr,
+    K: tl.constexpr, piece: tl.tensor, SIZE: tl.constexpr, KIND: tl.constexpr,
 ) -> None:  # fmt: skip
-    """Quantise `PIECE` elements of row `row` of K, from element `first`: float32 `[SIZE]`, 0 from `PIECE` on.
+    """Quantise `piece` elements of row `row` of K, from element `first`: float32 `[SIZE]`, 0 from `piece` on.
 
     `KIND`: index in `KINDS`; 0 does nothing, and for "fp8_token" the piece is the row.  `scales` is read where it is stored.
     """
     at = tl.arange(0, SIZE)
     codes += row * K + first
     if KIND == 1:
-        tl.store(codes + at, to_codes(value, tl.load(scales)), mask=at < PIECE)
+        tl.store(codes + at, to_codes(value, tl.load(scales)), mask=at < piece)
     elif KIND == 2:
         scale = tl.div_rn(tl.max(tl.abs(value), 0), 448.0)
         tl.store(scales + row, scale)
-        tl.store(codes + at, to_codes(value, scale), mask=at < PIECE)
+        tl.store(codes + at, to_codes(value, scale), mask=at < piece)
     elif KIND == 3 or KIND == 4:
         groups: tl.constexpr = SIZE // 128
         value = tl.reshape(value, (groups, 128))
@@ -91,11 +98,16 @@ def store_quantized(
             scale = power_of_two_above(scale)
         group = tl.arange(0, groups)
         columns: tl.constexpr = (K + 127) // 128
-        tl.store(scales + row * columns + first // 128 + group, scale, mask=group * 128 < PIECE)
+        tl.store(scales + row * columns + first // 128 + group, scale, mask=group * 128 < piece)
         at = group[:, None] * 128 + tl.arange(0, 128)[None, :]
-        tl.store(codes + at, to_codes(value, scale[:, None]), mask=at < PIECE)
+        tl.store(codes + at, to_codes(value, scale[:, None]), mask=at < piece)
     elif KIND == 5:
         blocks: tl.constexpr = SIZE // 16
         value, inner = two_levels(tl.reshape(value, (blocks, 16)), tl.load(scales), blocks)
         at = tl.arange(0, blocks)[:, None] * 16 + tl.arange(0, 16)[None, :]
-        tl.store(codes + at, (value * inner[:, None]).to(codes.dtype.element_ty), mask=at < PIECE)
+        tl.store(codes + at, (value * inner[:, None]).to(codes.dtype.element_ty), mask=at < piece)
+    elif KIND > 5:
+        parts: tl.constexpr = SIZE // 32
+        value = mx_values(tl.reshape(value, (parts, 32)), parts, KIND == 7)
+        at = tl.arange(0, parts)[:, None] * 32 + tl.arange(0, 32)[None, :]
+        tl.store(codes + at, value.to(codes.dtype.element_ty), mask=at < piece)
