@@ -124,7 +124,7 @@ SPARSE = {
     "moe_intermediate_size": 128, "norm_topk_prob": True,
 }  # fmt: skip
 HYBRID: dict[str, Any] = {
-    **SMALL, "linear_num_key_heads": 2, "linear_key_head_dim": 64, "linear_value_head_dim": 64,
+    **SMALL, "linear_num_key_heads": 2, "linear_key_head_dim": 64, "linear_value_head_dim": 128,
     "rotary_dim": 16,
 }  # fmt: skip
 STEP: dict[str, Any] = {

@@ -9,7 +9,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from runtime.kernels.table import module_for
+from runtime.kernels.table import FEW_TOKENS, module_for
+from runtime.layers import Linear, QuantizedLinear
 from runtime.state import RecurrentCache, Tokens
 
 
@@ -24,6 +25,7 @@ class RecurrentMixer(nn.Module):
     scan_operation: ClassVar[str]
     recurrence: Callable[..., Tensor]
     sizes: Any
+    out_proj: Linear  # takes what `recur` returns, as it is: single tokens are quantised for it by the kernel
     mix: Callable[..., Tensor]  # what the projections gave, `[B, T, ...]`, to what the output projection takes
 
     def recur(self, *inputs: Tensor, at: Tokens, cache: RecurrentCache) -> Tensor:
@@ -31,7 +33,9 @@ class RecurrentMixer(nn.Module):
         few = inputs[0].dtype == torch.bfloat16 and (at.length == 1 or at.reversible)
         if not few or self._one_token is None:
             return self.mix(*inputs, at=at, cache=cache)
-        return cache.step(self._one_token, inputs, at)
+        alone = at.length == 1 and not at.reversible and len(inputs[0]) <= FEW_TOKENS  # else the outputs are joined
+        reader = self.out_proj if alone and isinstance(self.out_proj, QuantizedLinear) else None
+        return cache.step(functools.partial(self._one_token, reader=reader), inputs, at)
 
     @functools.cached_property
     def _one_token(self) -> Callable[..., Tensor] | None:

@@ -232,21 +232,36 @@ def router(name: str, E: int, H: int, per_token: int, softmax: bool, groups: int
 
 STEP = {"conv": "bf16", "weight": "bf16", "A_log": "f32", "dt_bias": "f32", "norm": "f32", "state": "f32", "positions": "i64"}
 STEP |= {"real": "bool", "out": "bf16"}
-DELTA_STEP = Build(
-    "gated delta net, one token", "runtime.kernels.gated_delta_step:gated_delta_step_kernel",
-    STEP | dict.fromkeys(("qkv", "z", "b", "a"), "bf16"),
-    {"KEY_HEADS": 16, "VALUE_HEADS": 48, "DK": 128, "DV": 128, "KEYS": 128, "VALUES": 128, "W": 4, "RING": 4, "SILU": True},
-    warps=4, registers=240, shared=8 * 2**10, multiples=("qkv_row", "z_row", "b_row", "a_row"), scalars={"eps": "fp32"},
-)  # fmt: skip
-MAMBA_STEP = Build(
-    "Mamba2, one token", "runtime.kernels.mamba2_step:mamba2_step_kernel",
-    STEP | dict.fromkeys(("z", "xbc", "dt", "bias"), "bf16") | {"D": "f32", "work": "f32", "count": "i32"},
-    {
-        "HEADS": 64, "P": 64, "GROUPS": 8, "N": 128, "ROWS": 64, "COLUMNS": 128, "GROUP": 512, "W": 4, "RING": 4,
-    },
-    warps=4, registers=168, shared=8 * 2**10, multiples=("z_row", "xbc_row", "dt_row"),
-    scalars=dict.fromkeys(("eps", "low", "high"), "fp32"),
-)  # fmt: skip
+
+
+def delta_step(name: str, kind: int = 0, codes: str | None = None) -> Build:
+    """One form of `gated_delta_step_kernel`; `kind`: how the output is quantised, as in `quantized.KINDS`."""
+    left = {"codes": codes or "", "scales": "f32"}
+    constants = {
+        "KEY_HEADS": 16, "VALUE_HEADS": 48, "DK": 128, "DV": 128, "KEYS": 128, "VALUES": 128, "W": 4, "RING": 4, "SILU": True,
+        "KIND": kind,
+    }  # fmt: skip
+    return Build(
+        f"gated delta net, one token{name}", "runtime.kernels.gated_delta_step:gated_delta_step_kernel",
+        STEP | dict.fromkeys(("qkv", "z", "b", "a"), "bf16") | (left if codes else {}),
+        constants | ({} if codes else dict.fromkeys(left)),
+        warps=4, registers=240, shared=8 * 2**10, multiples=("qkv_row", "z_row", "b_row", "a_row"), scalars={"eps": "fp32"},
+    )  # fmt: skip
+
+
+def mamba_step(name: str, kind: int = 0, codes: str | None = None) -> Build:
+    """The same of `mamba2_step_kernel`."""
+    left = {"codes": codes or "", "scales": "f32"}
+    constants = {
+        "HEADS": 64, "P": 64, "GROUPS": 8, "N": 128, "ROWS": 64, "COLUMNS": 128, "GROUP": 512, "W": 4, "RING": 4, "KIND": kind,
+    }
+    pointers = dict.fromkeys(("z", "xbc", "dt", "bias"), "bf16") | {"D": "f32", "work": "f32", "count": "i32"}
+    return Build(
+        f"Mamba2, one token{name}", "runtime.kernels.mamba2_step:mamba2_step_kernel",
+        STEP | pointers | (left if codes else {}), constants | ({} if codes else dict.fromkeys(left)),
+        warps=4, registers=168, shared=8 * 2**10, multiples=("z_row", "xbc_row", "dt_row"),
+        scalars=dict.fromkeys(("eps", "low", "high"), "fp32"),
+    )  # fmt: skip
 
 
 def mxfp8(tokens: int) -> Build:
@@ -358,8 +373,12 @@ BUILDS = [
           {"x": "bf16", "out": "bf16", "input_scale": "f32"}, {"K": 5120, "GROUPS": 64, "SHARED": 1, "chosen": None}),
     Build("nvfp4 quantise, packed", "runtime.kernels.nvfp4_quantize:quantize_packed_kernel",
           {"x": "bf16", "codes": "u8", "scales": "f8", "input_scale": "f32"}, {"K": 5120, "ROWS": 8, "GROUPS": 8}),
-    DELTA_STEP,
-    MAMBA_STEP,
+    delta_step(""),
+    delta_step(", quantised in groups", 3, "f8"),
+    delta_step(", quantised to NVFP4", 5, "bf16"),
+    mamba_step(""),
+    mamba_step(", quantised by one scale", 1, "f8"),
+    mamba_step(", quantised in groups", 3, "f8"),
     *MAMBA_SCAN,
     attention("heads of 256", 4, 6, 256),
     attention("heads of 256, FP8, whole", 2, 8, 256, scales=1, ranges=1),

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from test_runtime_layers import random_layer, spec_of
 from torch import Tensor, nn
 
 pytest.importorskip("triton", reason="triton is not installed")
@@ -108,6 +109,8 @@ MAMBA = SimpleNamespace(
 LAYERS = {
     "gated delta net": lambda build: GatedDeltaNet(DELTA, build, "layer"),
     "Mamba2": lambda build: Mamba2(MAMBA, build, "layer"),
+    "heads of 16": lambda build: GatedDeltaNet(SimpleNamespace(**vars(DELTA) | {"linear_value_head_dim": 16}), build, "layer"),
+    "Mamba2 of groups": lambda build: Mamba2(SimpleNamespace(**vars(MAMBA) | {"mamba_head_dim": 128}), build, "layer"),
 }
 
 
@@ -143,7 +146,7 @@ def play(layer: nn.Module, draft: int) -> tuple[list[Tensor], Any]:
 
 
 @pytest.mark.parametrize("draft", [0, 2])
-@pytest.mark.parametrize("make", LAYERS.values(), ids=LAYERS)
+@pytest.mark.parametrize("make", [LAYERS[name] for name in ("gated delta net", "Mamba2")], ids=["gated delta net", "Mamba2"])
 def test_layers_use_the_table(make: Callable[[LayerBuilder], nn.Module], draft: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A layer that believes its CPU to be a GPU answers, and remembers, as one that does not."""
     expected, there = play(layer_of(make), draft)
@@ -151,7 +154,7 @@ def test_layers_use_the_table(make: Callable[[LayerBuilder], nn.Module], draft: 
     layer, steps = layer_of(make), []
     assert layer._one_token is not None
     run = layer._one_token
-    layer._one_token = lambda *args: (steps.append(args), run(*args))[1]
+    layer._one_token = lambda *args, reader: (steps.append(args), run(*args, reader=reader))[1]
     found, here = play(layer, draft)
     assert len(steps) == (5 if draft == 0 else 11)  # also what may be taken back, token by token
     most = max(float(y.abs().max()) for y in expected if y.numel())
@@ -160,3 +163,42 @@ def test_layers_use_the_table(make: Callable[[LayerBuilder], nn.Module], draft: 
         assert (y - z).abs().sum() == 0 or (y - z).abs().max() < 0.03 * most  # the kernel rounds once, torch at each part
     assert torch.equal(here.conv, there.conv)
     assert (here.state - there.state).abs().max() < 0.02 * there.state.abs().max()
+
+
+READERS = {
+    "one scale": ("Mamba2", ("fp8_tensor", (24,), 24, "fp8_static"), 0, 2),
+    "groups": ("Mamba2 of groups", ("fp8_block", (24,), 256, "fp8_group"), 0, 2),
+    "NVFP4": ("heads of 16", ("nvfp4", (24,), 32, "nvfp4"), 0, 2),
+    "more than a head": ("heads of 16", ("fp8_channel", (24,), 32, "fp8_token"), 0, 0),
+    "may be taken back": ("heads of 16", ("nvfp4", (24,), 32, "nvfp4"), 2, 0),
+}
+
+
+@pytest.mark.parametrize(("layer", "spec", "draft", "tokens"), READERS.values(), ids=READERS)
+def test_layers_quantise_for_their_projection(
+    layer: str, spec: Any, draft: int, tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is left for the output projection is what it would make itself."""
+    monkeypatch.setattr(table, "machine", lambda device: Machine(90, True))
+    module, left = layer_of(LAYERS[layer]), []
+    projection = module.out_proj = random_layer(spec_of(*spec))
+    if "input_scale" in dict(projection.named_parameters()):
+        projection.input_scale[:] = 0.02
+    leave, x = projection.leave, torch.randn(2, 24, generator=torch.Generator().manual_seed(3)).bfloat16()
+
+    def answers(leaves: Callable[..., object]) -> list[Tensor]:
+        monkeypatch.setattr(projection, "leave", leaves)
+        size = CacheSize(2, 64, draft, CPU, torch.bfloat16)
+        cache = module.new_cache(size)
+        state, found = State([cache], size, [0, 0]), []
+        for counts in ([1, 1], [0, 1]):
+            found.append(module(x[:, None], state.place(1, counts), cache))
+            state.advance(counts)
+            if draft:
+                state.keep(counts, counts)
+        return found
+
+    expected = answers(lambda *what: None)
+    found = answers(lambda *what: (left.append(what), leave(*what)))
+    assert len(left) == tokens
+    assert all(float(y.abs().sum()) > 0 and torch.equal(y, z) for y, z in zip(found, expected, strict=True))

@@ -9,10 +9,11 @@ last, of which the ring `conv` has those before:
     S <- exp(g) S;    d = beta (v - S^T k);    S <- S + k d^T;    o = S^T q        S float32 [Dk, Dv]
     y = o / sqrt(mean(o**2) + eps) * w_norm * gate(z)               over the Dv of the head; gate is silu or sigmoid
 
-All in float32 from the bfloat16 inputs; y is rounded once.  A program has one value head of one sequence, its whole state in
-registers: read once, written once.  Both products with the state are taken of the decayed one, o = S^T q + d (k . q), so that
-neither waits for the other.  Programs that share a key head compute its q and k again, and all store the same new input into
-the ring, in a column that none of them reads.  Source: transformers 5.23 `Qwen3_5GatedDeltaNet`.
+All in float32 from the bfloat16 inputs; y is rounded once, and quantised for the output projection where that needs no more
+than a head.  A program has one value head of one sequence, its whole state in registers: read once, written once.  Both
+products with the state are taken of the decayed one, o = S^T q + d (k . q), so that neither waits for the other.  Programs
+that share a key head compute its q and k again, and all store the same new input into the ring, in a column that none of them
+reads.  Source: transformers 5.23 `Qwen3_5GatedDeltaNet`.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ import triton.language as tl
 from torch import Tensor
 
 from runtime.kernels.gated_delta import Sizes
+from runtime.kernels.quantized import KINDS, Reader, leave, output_errors, poisoned, room_for, store_output
 
 SCHEMES = ("state fp32",)
 ACTIVATIONS: tuple[str | None, ...] = (None,)
@@ -36,17 +38,20 @@ WARPS = 4  # two programs fit into the registers of a multiprocessor; with 8 war
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """A layer and sequences at `positions`.  `ring`: columns of the convolution's ring; `idle`: whose token is none."""
+    """A layer and sequences at `positions`.  `ring`: columns of the convolution's ring; `idle`: whose token is none.
+    `kind`: how the output is quantised."""
 
     name: str
     sizes: Sizes
     positions: tuple[int, ...]
     ring: int = 4
     idle: tuple[int, ...] = ()
+    kind: str | None = None
     tiny: bool = False
 
     def __str__(self) -> str:
-        return f"{self.name}, gated delta net, one token of {len(self.positions)}"
+        quantised = f", {self.kind} quantised" if self.kind else ""
+        return f"{self.name}, gated delta net, one token of {len(self.positions)}{quantised}"
 
     @property
     def nbytes(self) -> int:
@@ -60,9 +65,14 @@ CASES = (
     Case("shared key heads", Sizes(2, 6, 16, 32, 4, 1e-6, "silu"), (5, 2, 1000), tiny=True),
     Case("odd sizes", Sizes(1, 2, 24, 20, 3, 1e-5, "sigmoid"), (3, 9), ring=5, tiny=True),
     Case("idle sequences", Sizes(1, 2, 16, 16, 4, 1e-6, "silu"), (7, 8, 9), idle=(0, 2), tiny=True),
+    Case("one scale", Sizes(1, 2, 16, 24, 4, 1e-6, "silu"), (5, 6), idle=(0,), kind="fp8_static", tiny=True),
+    Case("groups", Sizes(1, 2, 16, 128, 4, 1e-6, "silu"), (5, 6), idle=(0,), kind="fp8_group", tiny=True),
+    Case("powers of two", Sizes(1, 1, 16, 384, 4, 1e-6, "silu"), (5,), kind="fp8_group_e8m0", tiny=True),
+    Case("NVFP4", Sizes(1, 2, 16, 48, 4, 1e-6, "sigmoid"), (5, 6), idle=(1,), kind="nvfp4", tiny=True),
+    Case("MXFP8", Sizes(1, 2, 16, 96, 4, 1e-6, "silu"), (5, 6), idle=(1,), kind="mxfp8", tiny=True),
     Case("Qwen3.5-27B", Sizes(16, 48, 128, 128, 4, 1e-6, "silu"), (1000,)),
     Case("Qwen3.5-27B", Sizes(16, 48, 128, 128, 4, 1e-6, "silu"), tuple(range(8))),
-    Case("Qwen3.5-35B-A3B", Sizes(16, 32, 128, 128, 4, 1e-6, "silu"), (1000,)),
+    Case("Qwen3.5-35B-A3B", Sizes(16, 32, 128, 128, 4, 1e-6, "silu"), (1000,), kind="fp8_group"),
 )
 
 
@@ -134,22 +144,21 @@ def reference(i: Inputs, s: Sizes) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def errors(case: Case, device: torch.device, seed: int) -> dict[str, float]:
-    """Largest error of output and of state over the largest value: NaN where an output was not written, infinite where the
-    ring is not bit for bit what it must be.  Fresh inputs, poisoned output."""
+    """Largest error of output, its codes and the state over the largest value: NaN where an output was not written, infinite
+    where the ring is not bit for bit what it must be.  Fresh inputs, poisoned output."""
     i = make_inputs(case, device, seed)
     y, conv, state = reference(i, case.sizes)
-    out = torch.full(y.shape, torch.nan, device=device)
-    prepare(case.sizes, i.tensors)(i.qkv, i.z, i.b, i.a, i.conv, i.state, i.positions, i.real, out=out)
-    same = torch.equal(i.conv, conv)
-    pairs = {"output": (out, y), "state": (i.state, state)}
-    return {name: float((a - b).abs().max() / b.abs().max()) if same else torch.inf for name, (a, b) in pairs.items()}
+    out, reader = poisoned(y.shape, case.kind, device)
+    prepare(case.sizes, i.tensors)(i.qkv, i.z, i.b, i.a, i.conv, i.state, i.positions, i.real, out=out, reader=reader)
+    found = output_errors(out, y, reader) | {"state": float((i.state - state).abs().max() / state.abs().max())}
+    return found if torch.equal(i.conv, conv) else dict.fromkeys(found, torch.inf)
 
 
 def launch(case: Case, device: torch.device, seed: int) -> Callable[[], object]:
     """A launch to time."""
     i = make_inputs(case, device, seed)
-    run = prepare(case.sizes, i.tensors)
-    return lambda: run(i.qkv, i.z, i.b, i.a, i.conv, i.state, i.positions, i.real)
+    run, reader = prepare(case.sizes, i.tensors), poisoned(i.z.shape, case.kind, device)[1]
+    return lambda: run(i.qkv, i.z, i.b, i.a, i.conv, i.state, i.positions, i.real, reader=reader)
 
 
 @triton.jit
@@ -187,19 +196,21 @@ def silu(x: tl.tensor) -> tl.tensor:
 def gated_delta_step_kernel(
     qkv: tl.tensor, z: tl.tensor, b: tl.tensor, a: tl.tensor, conv: tl.tensor, weight: tl.tensor, A_log: tl.tensor,
     dt_bias: tl.tensor, norm: tl.tensor, state: tl.tensor, positions: tl.tensor, real: tl.tensor, out: tl.tensor,
+    codes: tl.tensor, scales: tl.tensor,
     qkv_row: tl.tensor, z_row: tl.tensor, b_row: tl.tensor, a_row: tl.tensor, eps: tl.tensor,
     KEY_HEADS: tl.constexpr, VALUE_HEADS: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, KEYS: tl.constexpr,
-    VALUES: tl.constexpr, W: tl.constexpr, RING: tl.constexpr, SILU: tl.constexpr,
+    VALUES: tl.constexpr, W: tl.constexpr, RING: tl.constexpr, SILU: tl.constexpr, KIND: tl.constexpr,
 ) -> None:  # fmt: skip
-    """Program (value head, sequence).  `KEYS`, `VALUES`: DK and DV rounded up.  `*_row`: strides of a sequence."""
+    """Program (value head, sequence).  `KEYS`, `VALUES`: DK and DV rounded up.  `*_row`: strides of a sequence.  `codes`,
+    `scales`, `KIND`: see `quantized.store_quantized`."""
     CHANNELS: tl.constexpr = 2 * KEY_HEADS * DK + VALUE_HEADS * DV
     head, sequence = tl.program_id(0), tl.program_id(1).to(tl.int64)
     n, m = tl.arange(0, KEYS), tl.arange(0, VALUES)
     keys, values = n < DK, m < DV
-    to = out + (sequence * VALUE_HEADS + head) * DV + m
     if real is not None:  # noqa: SIM102 (known when the kernel is compiled)
         if tl.load(real + sequence) == 0:
-            tl.store(to, tl.zeros((VALUES,), out.dtype.element_ty), mask=values)
+            none = tl.zeros((VALUES,), tl.float32)
+            store_output(none, out, codes, scales, sequence, head * DV, VALUE_HEADS * DV, DV, VALUES, KIND)
             return
     cells = state + (sequence * VALUE_HEADS + head) * (DK * DV) + n[:, None] * DV + m[None, :]
     whole = keys[:, None] & values[None, :]
@@ -225,7 +236,7 @@ def gated_delta_step_kernel(
     gate = silu(gate) if SILU else tl.sigmoid(gate)
     o *= tl.rsqrt(tl.sum(o * o, 0) / DV + eps)
     y = o * tl.load(norm + m, mask=values, other=0.0).to(tl.float32) * gate
-    tl.store(to, y.to(out.dtype.element_ty), mask=values)
+    store_output(y, out, codes, scales, sequence, head * DV, VALUE_HEADS * DV, DV, VALUES, KIND)
 
 
 def prepare(sizes: Sizes, tensors: Mapping[str, Tensor]) -> Callable[..., Tensor]:
@@ -234,7 +245,8 @@ def prepare(sizes: Sizes, tensors: Mapping[str, Tensor]) -> Callable[..., Tensor
     It takes bfloat16 `qkv` `[B, 1, channels]`, `z` `[B, 1, Hv Dv]`, `b`, `a` `[B, 1, Hv]`, dense along the last axis; the ring
     `[B, channels, R]`, R >= W, and the float32 state `[B, Hv, Dk, Dv]`, both dense and updated in place; `positions`, int64
     `[B, 1]`, and `real`, bool `[B, 1]` or None.  Returns `[B, 1, Hv Dv]` in the dtype of `qkv`, zero for what is no token, or
-    fills `out`.  Reads nothing back to the host.
+    fills `out`.  `reader`: the layer that takes the result; codes and scales are left with it where a head suffices for them.
+    Reads nothing back to the host.
     """
     s = sizes
     weight, A_log, dt_bias, norm = (tensors[name] for name in ("conv1d.weight", "A_log", "dt_bias", "norm.weight"))
@@ -242,18 +254,21 @@ def prepare(sizes: Sizes, tensors: Mapping[str, Tensor]) -> Callable[..., Tensor
 
     def step(
         qkv: Tensor, z: Tensor, b: Tensor, a: Tensor, conv: Tensor, state: Tensor, positions: Tensor,
-        real: Tensor | None = None, out: Tensor | None = None,
+        real: Tensor | None = None, out: Tensor | None = None, reader: Reader | None = None,
     ) -> Tensor:  # fmt: skip
-        B, ring = len(qkv), conv.shape[-1]
+        B, ring, width = len(qkv), conv.shape[-1], s.value_heads * s.value_dim
         assert conv.is_contiguous()
         assert state.is_contiguous()
-        result = torch.empty(B, 1, s.value_heads * s.value_dim, dtype=qkv.dtype, device=qkv.device) if out is None else out
+        result = torch.empty(B, 1, width, dtype=qkv.dtype, device=qkv.device) if out is None else out
+        kind, codes, scales = room_for(reader, B, width, s.value_dim, qkv.device)
         gated_delta_step_kernel[(s.value_heads, B)](
             qkv, z, b, a, conv, weight, A_log, dt_bias, norm, state, positions.contiguous(),
-            None if real is None else real.contiguous(), result,
+            None if real is None else real.contiguous(), result, codes, scales,
             qkv.stride(0), z.stride(0), b.stride(0), a.stride(0), s.eps,
-            s.key_heads, s.value_heads, s.key_dim, s.value_dim, keys, values, s.width, ring, s.gate == "silu", num_warps=WARPS,
+            s.key_heads, s.value_heads, s.key_dim, s.value_dim, keys, values, s.width, ring, s.gate == "silu",
+            KINDS.index(kind), num_warps=WARPS,
         )  # fmt: skip
+        leave(reader, result, codes, scales)
         return result
 
     return step

@@ -8,9 +8,10 @@ ring `conv` has those before:
     S <- exp(-exp(A_log) dt) S + dt x b^T;    y = S c + D x         S float32 [P, N]
     u = y * silu(z);    out = u / sqrt(mean(u**2) + eps) * w_norm   over all heads of the group: the gate comes before the norm
 
-All in float32 from the bfloat16 inputs; out is rounded once.  A program has one head of one sequence, its whole state in
-registers: read once, written once.  It leaves u in a workspace; the last program of a group normalises all of it.  Programs
-of a group compute its b and c again, and all store the same new input into the ring, in a column that none of them reads.
+All in float32 from the bfloat16 inputs; out is rounded once, and quantised for the output projection where that needs no more
+than a group.  A program has one head of one sequence, its whole state in registers: read once, written once.  It leaves u in
+a workspace; the last program of a group normalises all of it.  Programs of a group compute its b and c again, and all store
+the same new input into the ring, in a column that none of them reads.
 Source: transformers 5.23 `NemotronHMamba2Mixer`, with the time step clamped as its config says.
 """
 
@@ -27,6 +28,7 @@ import triton.language as tl
 from torch import Tensor
 
 from runtime.kernels.gated_delta_step import convolve, silu, softplus
+from runtime.kernels.quantized import KINDS, Reader, leave, output_errors, poisoned, room_for, store_output
 from runtime.kernels.ssd import Sizes
 from runtime.kernels.tiles import COUNTERS, counters
 
@@ -38,7 +40,8 @@ WARPS = 4
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """A layer and sequences at `positions`.  `ring`: columns of the convolution's ring; `idle`: whose token is none."""
+    """A layer and sequences at `positions`.  `ring`: columns of the convolution's ring; `idle`: whose token is none.
+    `kind`: how the output is quantised."""
 
     name: str
     sizes: Sizes
@@ -46,10 +49,12 @@ class Case:
     ring: int = 4
     bias: bool = True
     idle: tuple[int, ...] = ()
+    kind: str | None = None
     tiny: bool = False
 
     def __str__(self) -> str:
-        return f"{self.name}, Mamba2, one token of {len(self.positions)}"
+        quantised = f", {self.kind} quantised" if self.kind else ""
+        return f"{self.name}, Mamba2, one token of {len(self.positions)}{quantised}"
 
     @property
     def nbytes(self) -> int:
@@ -62,7 +67,11 @@ CASES = (
     Case("groups", Sizes(6, 16, 2, 16, 4, 1e-5, 0.0, math.inf), (5, 2, 1000), tiny=True),
     Case("odd sizes, time clamped", Sizes(3, 12, 3, 20, 3, 1e-5, 0.6, 0.9), (3, 9), ring=5, bias=False, tiny=True),
     Case("idle sequences", Sizes(4, 8, 2, 8, 4, 1e-5, 0.0, math.inf), (7, 8, 9), idle=(0, 2), tiny=True),
-    Case("Nemotron 3 Nano", Sizes(64, 64, 8, 128, 4, 1e-5, 0.0, math.inf), (1000,)),
+    Case("one scale", Sizes(4, 12, 2, 8, 4, 1e-5, 0.0, math.inf), (7, 8), idle=(0,), kind="fp8_static", tiny=True),
+    Case("quantised groups", Sizes(6, 128, 2, 8, 4, 1e-5, 0.0, math.inf), (7, 8), idle=(1,), kind="fp8_group", tiny=True),
+    Case("powers of two", Sizes(4, 64, 2, 8, 4, 1e-5, 0.0, math.inf), (7,), kind="fp8_group_e8m0", tiny=True),
+    Case("NVFP4", Sizes(6, 16, 2, 8, 4, 1e-5, 0.0, math.inf), (7, 8), idle=(0,), kind="nvfp4", tiny=True),
+    Case("Nemotron 3 Nano", Sizes(64, 64, 8, 128, 4, 1e-5, 0.0, math.inf), (1000,), kind="fp8_static"),
     Case("Nemotron 3 Nano", Sizes(64, 64, 8, 128, 4, 1e-5, 0.0, math.inf), tuple(range(8))),
     Case("Nemotron 3 Super", Sizes(128, 64, 8, 128, 4, 1e-5, 0.0, math.inf), (1000,)),
 )
@@ -129,23 +138,22 @@ def reference(i: Inputs, s: Sizes) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def errors(case: Case, device: torch.device, seed: int) -> dict[str, float]:
-    """Largest error of output and of state over the largest value: NaN where an output was not written, infinite where the
-    ring is not bit for bit what it must be.  Fresh inputs, poisoned output."""
+    """Largest error of output, its codes and the state over the largest value: NaN where an output was not written, infinite
+    where the ring is not bit for bit what it must be.  Fresh inputs, poisoned output."""
     i = make_inputs(case, device, seed)
     y, conv, state = reference(i, case.sizes)
-    out = torch.full(y.shape, torch.nan, device=device)
-    prepare(case.sizes, i.tensors)(i.z, i.xbc, i.dt, i.conv, i.state, i.positions, i.real, out=out)
+    out, reader = poisoned(y.shape, case.kind, device)
+    prepare(case.sizes, i.tensors)(i.z, i.xbc, i.dt, i.conv, i.state, i.positions, i.real, out=out, reader=reader)
     assert not counters(device).any(), "a counter was left behind"
-    same = torch.equal(i.conv, conv)
-    pairs = {"output": (out, y), "state": (i.state, state)}
-    return {name: float((a - b).abs().max() / b.abs().max()) if same else torch.inf for name, (a, b) in pairs.items()}
+    found = output_errors(out, y, reader) | {"state": float((i.state - state).abs().max() / state.abs().max())}
+    return found if torch.equal(i.conv, conv) else dict.fromkeys(found, torch.inf)
 
 
 def launch(case: Case, device: torch.device, seed: int) -> Callable[[], object]:
     """A launch to time."""
     i = make_inputs(case, device, seed)
-    run = prepare(case.sizes, i.tensors)
-    return lambda: run(i.z, i.xbc, i.dt, i.conv, i.state, i.positions, i.real)
+    run, reader = prepare(case.sizes, i.tensors), poisoned(i.z.shape, case.kind, device)[1]
+    return lambda: run(i.z, i.xbc, i.dt, i.conv, i.state, i.positions, i.real, reader=reader)
 
 
 @triton.jit
@@ -164,21 +172,25 @@ def convolved(
 def mamba2_step_kernel(
     z: tl.tensor, xbc: tl.tensor, dt: tl.tensor, conv: tl.tensor, weight: tl.tensor, bias: tl.tensor, A_log: tl.tensor,
     D: tl.tensor, dt_bias: tl.tensor, norm: tl.tensor, state: tl.tensor, positions: tl.tensor, real: tl.tensor,
-    out: tl.tensor, work: tl.tensor, count: tl.tensor, z_row: tl.tensor, xbc_row: tl.tensor, dt_row: tl.tensor,
-    eps: tl.tensor, low: tl.tensor, high: tl.tensor,
+    out: tl.tensor, codes: tl.tensor, scales: tl.tensor, work: tl.tensor, count: tl.tensor,
+    z_row: tl.tensor, xbc_row: tl.tensor, dt_row: tl.tensor, eps: tl.tensor, low: tl.tensor, high: tl.tensor,
     HEADS: tl.constexpr, P: tl.constexpr, GROUPS: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    GROUP: tl.constexpr, W: tl.constexpr, RING: tl.constexpr,
+    GROUP: tl.constexpr, W: tl.constexpr, RING: tl.constexpr, KIND: tl.constexpr,
 ) -> None:  # fmt: skip
-    """Program (head, sequence).  `ROWS`, `COLUMNS`, `GROUP`: P, N and the elements of a group, rounded up."""
+    """Program (head, sequence).  `ROWS`, `COLUMNS`, `GROUP`: P, N and the elements of a group, rounded up.  `codes`, `scales`,
+    `KIND`: see `quantized.store_quantized`."""
     CHANNELS: tl.constexpr = HEADS * P + 2 * GROUPS * N
     SHARED: tl.constexpr = HEADS // GROUPS  # heads of a group
     head, sequence = tl.program_id(0), tl.program_id(1).to(tl.int64)
     group = head // SHARED
+    first = group * (SHARED * P)
     p, n = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
     rows, columns = p < P, n < N
     if real is not None:  # noqa: SIM102 (known when the kernel is compiled)
         if tl.load(real + sequence) == 0:
-            tl.store(out + (sequence * HEADS + head) * P + p, tl.zeros((ROWS,), out.dtype.element_ty), mask=rows)
+            if head % SHARED == 0:
+                none = tl.zeros((GROUP,), tl.float32)
+                store_output(none, out, codes, scales, sequence, first, HEADS * P, SHARED * P, GROUP, KIND)
             return
     cells = state + (sequence * HEADS + head) * (P * N) + p[:, None] * N + n[None, :]
     whole = rows[:, None] & columns[None, :]
@@ -208,10 +220,10 @@ def mamba2_step_kernel(
         tl.store(arrived, 0)
         e = tl.arange(0, GROUP)
         inside = e < SHARED * P
-        all_u = tl.load(work + (sequence * GROUPS + group) * (SHARED * P) + e, mask=inside, other=0.0, cache_modifier=".cg")
+        all_u = tl.load(work + sequence * (HEADS * P) + first + e, mask=inside, other=0.0, cache_modifier=".cg")
         all_u *= tl.rsqrt(tl.sum(all_u * all_u, 0) / (SHARED * P) + eps)
-        all_u *= tl.load(norm + group * (SHARED * P) + e, mask=inside, other=0.0).to(tl.float32)
-        tl.store(out + (sequence * GROUPS + group) * (SHARED * P) + e, all_u.to(out.dtype.element_ty), mask=inside)
+        all_u *= tl.load(norm + first + e, mask=inside, other=0.0).to(tl.float32)
+        store_output(all_u, out, codes, scales, sequence, first, HEADS * P, SHARED * P, GROUP, KIND)
 
 
 def prepare(sizes: Sizes, tensors: Mapping[str, Tensor]) -> Callable[..., Tensor]:
@@ -221,7 +233,8 @@ def prepare(sizes: Sizes, tensors: Mapping[str, Tensor]) -> Callable[..., Tensor
     It takes bfloat16 `z` `[B, 1, heads P]`, `xbc` `[B, 1, channels]`, `dt` `[B, 1, heads]`, dense along the last axis; the ring
     `[B, channels, R]`, R >= W, and the float32 state `[B, heads, P, N]`, both dense and updated in place; `positions`, int64
     `[B, 1]`, and `real`, bool `[B, 1]` or None.  Returns `[B, 1, heads P]` in the dtype of `z`, zero for what is no token, or
-    fills `out`.  Reads nothing back to the host.
+    fills `out`.  `reader`: the layer that takes the result; codes and scales are left with it where a group suffices for them.
+    Reads nothing back to the host.
     """
     s = sizes
     weight, A_log, D, dt_bias, norm = (tensors[name] for name in ("conv1d.weight", "A_log", "D", "dt_bias", "norm.weight"))
@@ -230,21 +243,24 @@ def prepare(sizes: Sizes, tensors: Mapping[str, Tensor]) -> Callable[..., Tensor
 
     def step(
         z: Tensor, xbc: Tensor, dt: Tensor, conv: Tensor, state: Tensor, positions: Tensor, real: Tensor | None = None,
-        out: Tensor | None = None,
+        out: Tensor | None = None, reader: Reader | None = None,
     ) -> Tensor:  # fmt: skip
         B, device = len(z), z.device
         assert conv.is_contiguous()
         assert state.is_contiguous()
         result = torch.empty(B, 1, inner, dtype=z.dtype, device=device) if out is None else out
+        kind, codes, scales = room_for(reader, B, inner, inner // s.groups, device)
         work = torch.empty(2, B, inner, dtype=torch.float32, device=device)
         few = B * s.groups <= COUNTERS
         mamba2_step_kernel[(s.heads, B)](
             z, xbc, dt, conv, weight, bias, A_log, D, dt_bias, norm, state, positions.contiguous(),
-            None if real is None else real.contiguous(), result, work,
+            None if real is None else real.contiguous(), result, codes, scales, work,
             counters(device) if few else torch.zeros(B * s.groups, dtype=torch.int32, device=device),
             z.stride(0), xbc.stride(0), dt.stride(0), s.eps, s.shortest, s.longest,
-            s.heads, s.head_dim, s.groups, s.state_size, rows, columns, group, s.width, conv.shape[-1], num_warps=WARPS,
+            s.heads, s.head_dim, s.groups, s.state_size, rows, columns, group, s.width, conv.shape[-1],
+            KINDS.index(kind), num_warps=WARPS,
         )  # fmt: skip
+        leave(reader, result, codes, scales)
         return result
 
     return step
