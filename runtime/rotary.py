@@ -1,15 +1,19 @@
-"""Rotary positions.  B batch, T new tokens, D head size.  The cache and the product are in `state.py`."""
+"""Rotary positions.  B batch, T new tokens, D head size, r half of the elements of a head that turn."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from runtime.architecture import refused
+from runtime.kernels.table import ROTATE, module_for
+from runtime.norms import RMSNorm
+from runtime.state import Tokens
 
 
 class Rope(nn.Module):
@@ -26,7 +30,10 @@ class Rope(nn.Module):
         self.register_buffer("inv_freq", inv_freq.to(device), persistent=False)
 
     def forward(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Cosine and sine of int64 `[B, T]`, each `[B, 1, T, rotary_dim / 2]` in `dtype`."""
+        """Cosine and sine of int64 `[B, T]`, each `[B, 1, T, r]` in `dtype`."""
+        if (module := _kernels(positions, dtype)) is not None:
+            found: tuple[Tensor, Tensor] = module.turns(positions, self.inv_freq, self.amplitude)
+            return found
         angles = positions.unsqueeze(1).unsqueeze(-1) * self.inv_freq
         return (angles.cos() * self.amplitude).to(dtype), (angles.sin() * self.amplitude).to(dtype)
 
@@ -114,6 +121,36 @@ def _yarn(inv_freq: Tensor, fields: Mapping[str, Any], theta: float, rotary_dim:
         mscale, mscale_all_dim = fields.get("mscale"), fields.get("mscale_all_dim")
         amplitude = magnitude(mscale) / magnitude(mscale_all_dim) if mscale and mscale_all_dim else magnitude(1.0)
     return inv_freq / factor * ramp + inv_freq * (1 - ramp), float(amplitude)
+
+
+def rotate(
+    q: Tensor, k: Tensor, at: Tokens, q_norm: RMSNorm | None = None, k_norm: RMSNorm | None = None, kind: str = "default"
+) -> tuple[Tensor, Tensor]:
+    """Queries `[B, Nq, T, D]` and keys `[B, Nkv, T, D]` at their positions, after the norms of their heads where there are any,
+    which are of one class and one `eps`.
+
+    `kind`: of the layer, in `at.turns`.  Bfloat16 goes to a kernel where `kernels.table` has one for the device.
+    """
+    cos, sin = at.turns[kind]
+    if (module := _kernels(q, q.dtype)) is not None:
+        norms = None if q_norm is None or k_norm is None else (q_norm.weight, k_norm.weight)
+        run = module.prepare(norms, 0.0 if q_norm is None else q_norm.eps, 0 if q_norm is None else q_norm.form)
+        done: tuple[Tensor, Tensor] = run(q, k, cos, sin)
+        return done
+    q, k = (x if norm is None else norm(x) for x, norm in ((q, q_norm), (k, k_norm)))
+    return _turn(q, cos, sin), _turn(k, cos, sin)
+
+
+def _kernels(x: Tensor, dtype: torch.dtype) -> ModuleType | None:
+    """What takes `x` in a network of `dtype`; None where torch does."""
+    return module_for(ROTATE, "rotary", x.device) if dtype == torch.bfloat16 and x.numel() > 0 else None
+
+
+def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """The first 2 r elements of each head, in halves: `[B, heads, T, D]` to the same."""
+    half = cos.shape[-1]
+    a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], -1)
 
 
 def split_heads(x: Tensor, head_dim: int) -> Tensor:

@@ -69,13 +69,6 @@ class Tokens:
         """Whether all sequences stand at the same place."""
         return len(set(self.starts)) == 1
 
-    def rotate(self, x: Tensor, kind: str = "default") -> Tensor:
-        """Turn the first `rotary_dim` elements of each head, in halves: `[B, heads, T, D]` to the same."""
-        cos, sin = self.turns[kind]
-        half = cos.shape[-1]
-        a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
-        return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], -1)
-
     def silence(self, x: Tensor) -> Tensor:
         """Zeros in the place of what belongs to no real token: `[B, T, ...]`."""
         return x if self.real is None else x * self.real.view(*self.real.shape, *[1] * (x.ndim - 2))

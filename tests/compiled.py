@@ -308,6 +308,19 @@ def norm(name: str, H: int, kind: int, codes: str | None = None) -> Build:
     )  # fmt: skip
 
 
+def rotary(name: str, heads: int, D: int, half: int, norms: bool) -> Build:
+    """One form of `rotate_kernel`."""
+    pointers = dict.fromkeys(("q", "k", "cos", "sin", "out"), "bf16")
+    pointers |= dict.fromkeys(("q_weight", "k_weight"), "bf16") if norms else {}
+    rest = D - 2 * half
+    constants: dict[str, Any] = {"HEADS": heads, "D": D, "HALF": half, "SIZE": half, "FORM": 2}
+    constants |= {"REST": 1 << (rest - 1).bit_length() if rest else 0} | ({} if norms else {"q_weight": None, "k_weight": None})
+    return Build(
+        f"rotary {name}", "runtime.kernels.rotary:rotate_kernel", pointers, constants, 1, registers=48, shared=0,
+        multiples=("q_row", "q_head", "k_row", "k_head"), scalars={"eps": "fp32"},
+    )  # fmt: skip
+
+
 SCAN = {"H": 64, "SHARED": 8, "P": 64, "N": 128, "ROWS": 64, "COLUMNS": 128, "CHUNK": 64, "INTERPRETED": False}
 STRIDES = tuple(f"{name}_{axis}" for name in ("x", "b", "c", "out") for axis in ("row", "head", "group", "token"))
 MAMBA_SCAN = [
@@ -364,6 +377,11 @@ BUILDS = [
     norm("sum and token", 5120, 2, "f8"),
     norm("sum and groups", 5120, 4, "f8"),
     norm("sum and NVFP4", 8192, 5, "bf16"),
+    rotary("64 of 256, norms", 16, 256, 32, True),
+    rotary("all of 128, no norms", 32, 128, 64, False),
+    Build("cosines and sines", "runtime.kernels.rotary:turns_kernel",
+          {"positions": "i64", "inv_freq": "f32", "cos": "bf16", "sin": "bf16"}, {"HALF": 32, "SIZE": 32}, 1,
+          registers=32, shared=0, scalars={"amplitude": "fp32"}),
     router("softmax of 256", 256, 2048, 8, True),
     router("sigmoid of 512", 512, 4096, 22, False),
     router("sigmoid of 256 in groups", 256, 2048, 8, False, 8),

@@ -114,6 +114,18 @@ def launch(case: Case, device: torch.device, seed: int) -> Callable[[], object]:
 
 
 @triton.jit
+def weighted(n: tl.tensor, w: tl.tensor, FORM: tl.constexpr) -> tl.tensor:
+    """y of n and the weight, all float32."""
+    if FORM == 0:
+        y = w * round_to_bf16(n)
+    elif FORM == 1:
+        y = w * n
+    else:
+        y = (1.0 + w) * n
+    return round_to_bf16(y)
+
+
+@triton.jit
 def rms_norm_kernel(
     x: tl.tensor, delta: tl.tensor, shared: tl.tensor, gate: tl.tensor, weight: tl.tensor, summed: tl.tensor,
     out: tl.tensor, codes: tl.tensor, scales: tl.tensor, eps: tl.tensor,
@@ -139,13 +151,7 @@ def rms_norm_kernel(
         tl.store(summed + token * H + at, value.to(summed.dtype.element_ty), mask=real)
     value *= tl.rsqrt(tl.sum(value * value, 0) / H + eps)
     w = tl.load(weight + at, mask=real, other=0.0).to(tl.float32)
-    if FORM == 0:
-        value = w * round_to_bf16(value)
-    elif FORM == 1:
-        value = w * value
-    else:
-        value = (1.0 + w) * value
-    value = tl.where(real, round_to_bf16(value), 0.0)
+    value = tl.where(real, weighted(value, w, FORM), 0.0)
     tl.store(out + token * H + at, value.to(out.dtype.element_ty), mask=real)
     if KIND > 0:
         store_quantized(value, codes, scales, token, 0, H, H, SIZE, KIND)

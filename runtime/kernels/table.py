@@ -29,6 +29,7 @@ ROUTED_TOKENS = 64  # rows of input that "router" takes
 ROUTE = "router"
 DELTA_STEP, MAMBA_STEP = "gated delta net, one token", "Mamba2, one token"
 NORM = "norm"
+ROTATE = "rotary positions"
 DELTA_SCAN, MAMBA_SCAN = "gated delta rule, many tokens", "Mamba2 recurrence, many tokens"
 TORCH = "torch"
 PACKAGES = {"fla": "fla-core, which is not installed (pip install qconvert[fla])"}  # optional, by the name to import
@@ -112,6 +113,11 @@ ROWS = (
         "one launch, with the sum before it and the quantisation after it",
     ),
     Row(("rms norm",), (NORM,), None, None, TORCH, "one operation after another; runs anywhere"),
+    Row(
+        ("rotary",), (ROTATE,), (None,), (90, 110), "runtime.kernels.rotary",
+        "queries and keys with their norms in one launch, cosines and sines in another",
+    ),
+    Row(("rotary",), (ROTATE,), None, None, TORCH, "one operation after another; runs anywhere"),
     Row(
         ("fp8_tensor", "fp8_channel"), (LINEAR,), ("fp8_static", "fp8_tensor", "fp8_token"), (90, 110),
         "runtime.kernels.scaled_mm",

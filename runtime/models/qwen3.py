@@ -11,7 +11,7 @@ from runtime.architecture import RotaryArchitecture, refused
 from runtime.builder import LayerBuilder
 from runtime.models.base import CausalLM, GatedMLP, Trunk, first_of
 from runtime.norms import Delta, RMSNorm
-from runtime.rotary import Rope, split_heads
+from runtime.rotary import Rope, rotate, split_heads
 from runtime.state import CacheSize, KVCache, Tokens
 
 
@@ -57,8 +57,8 @@ class Attention(nn.Module):
         q_rows, kv_rows = a.num_attention_heads * a.head_dim, a.num_key_value_heads * a.head_dim
         parts = {"q_proj": (q_rows,), "k_proj": (kv_rows,), "v_proj": (kv_rows,)}
         self.qkv = build.projections(self, f"{name}.qkv_proj", parts, a.hidden_size, a.attention_bias)
-        self.q_norm = RMSNorm(a.head_dim, a.rms_norm_eps) if qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(a.head_dim, a.rms_norm_eps) if qk_norm else nn.Identity()
+        self.q_norm = RMSNorm(a.head_dim, a.rms_norm_eps) if qk_norm else None
+        self.k_norm = RMSNorm(a.head_dim, a.rms_norm_eps) if qk_norm else None
         out_bias = a.attention_bias if out_bias is None else out_bias
         self.o_proj = build.linear(f"{name}.o_proj", a.hidden_size, q_rows, out_bias)
         window = a.sliding_window if a.layer_types[index] == "sliding_attention" else None
@@ -67,7 +67,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, at: Tokens, cache: KVCache) -> Tensor:
         """`[B, T, H]` to `[B, T, H]`."""
         q, k, v = (split_heads(y, self.head_dim) for y in self.qkv(x))
-        y = cache.attend(at.rotate(self.q_norm(q)), at.rotate(self.k_norm(k)), v, at)
+        y = cache.attend(*rotate(q, k, at, self.q_norm, self.k_norm), v, at)
         return self.o_proj(y.transpose(1, 2).flatten(2))
 
 

@@ -22,7 +22,7 @@ from runtime.layers import Linear, stored
 from runtime.models.base import CausalLM, Draft, GatedMLP, Trunk, first_of
 from runtime.norms import Delta, GatedRMSNorm, ZeroCenteredRMSNorm
 from runtime.recurrent import RecurrentMixer
-from runtime.rotary import Rope, split_heads
+from runtime.rotary import Rope, rotate, split_heads
 from runtime.state import CacheSize, KVCache, RecurrentCache, Tokens
 
 
@@ -86,7 +86,7 @@ class Attention(nn.Module):
         q_gate, k, v = self.qkv(x)
         q, gate = split_heads(q_gate, 2 * self.head_dim).chunk(2, -1)  # (B, Nq, T, D) each
         k, v = split_heads(k, self.head_dim), split_heads(v, self.head_dim)
-        y = cache.attend(at.rotate(self.q_norm(q)), at.rotate(self.k_norm(k)), v, at) * torch.sigmoid(gate)
+        y = cache.attend(*rotate(q, k, at, self.q_norm, self.k_norm), v, at) * torch.sigmoid(gate)
         return self.o_proj(y.transpose(1, 2).flatten(2))
 
     def new_cache(self, size: CacheSize) -> KVCache:

@@ -18,7 +18,7 @@ from runtime.models.base import CausalLM, GatedMLP, Trunk, first_of
 from runtime.models.qwen3_moe import check_experts
 from runtime.nonlinear import swiglu
 from runtime.norms import Delta, Parts, RMSNorm
-from runtime.rotary import Rope, split_heads
+from runtime.rotary import Rope, rotate, split_heads
 from runtime.routing import Router, Rule
 from runtime.state import CacheSize, KVCache, KVFormat, Tokens
 
@@ -95,7 +95,7 @@ class Attention(StepAttention):
         """`[B, T, H]` to `[B, T, H]`."""
         q, k, v = self.qkv(x)
         q, k, v = (split_heads(y, self.head_dim) for y in (self.wq(self.inter_norm(q)), k, v))
-        y = cache.attend(at.rotate(q), at.rotate(k), v, at)
+        y = cache.attend(*rotate(q, k, at), v, at)
         return self.o_proj(y.transpose(1, 2).flatten(2))
 
 

@@ -20,7 +20,7 @@ from runtime.models.base import CausalLM, Draft, GatedMLP, Trunk
 from runtime.models.step3_text import Layer, StepArchitecture, StepAttention
 from runtime.nonlinear import SwiGLU
 from runtime.norms import ZeroCenteredRMSNorm, total
-from runtime.rotary import Rope, split_heads
+from runtime.rotary import Rope, rotate, split_heads
 from runtime.routing import Router, Rule
 from runtime.state import KVCache, Tokens
 
@@ -138,7 +138,7 @@ class Attention(StepAttention):
     def forward(self, x: Tensor, at: Tokens, cache: KVCache) -> Tensor:
         """`[B, T, H]` to `[B, T, H]`."""
         q, k, v = (split_heads(y, self.head_dim) for y in self.qkv(x))
-        q, k = at.rotate(self.q_norm(q), self.rope), at.rotate(self.k_norm(k), self.rope)
+        q, k = rotate(q, k, at, self.q_norm, self.k_norm, self.rope)
         y = cache.attend(q, k, v, at).transpose(1, 2)  # (B, T, Nq, D)
         return self.o_proj((y * torch.sigmoid(self.g_proj(x)).unsqueeze(-1)).flatten(2))
 
