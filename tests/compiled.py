@@ -155,7 +155,8 @@ def fp8(name: str, tokens: int, block: bool = False, x_scale: int = 0, split: in
 
 def nvfp4(name: str, tokens: int, K: int = 5120, split: int = 2, mx: bool = False, **more: Any) -> Build:
     """One form of `nvfp4_linear_kernel`, cut as `SHAPES` says; `mx`: for MXFP4."""
-    pointers = {"x": "i32", "weight": "i32", "block_scale": "u8" if K % 64 else "i32", "selectors": "i32", "scale": "f32"}
+    scales = "u8" if K % 64 else "i32" if mx or K % 128 else "i64"
+    pointers = {"x": "i64", "weight": "i32", "block_scale": scales, "selectors": "i32", "scale": "f32"}
     pointers |= {"out": "bf16", "work": "f32", "count": "i32"}
     rows = 128 if tokens <= 16 else 64
     constants = {
@@ -200,7 +201,7 @@ def experts(
     pointers |= {"share": "f32"} if act == 0 and not tokens else {}
     pointers |= {"out_scale": "f32"} if codes else {}
     pointers |= {"x_scale": "f32"} if x_scale else {}
-    words = dict.fromkeys(("x", "weight", "selectors", "block_scale"), "i32")
+    words = {"x": "i64", "weight": "i32", "selectors": "i32", "block_scale": "i32" if K % 128 else "i64"}
     pointers |= {"x": "f8" if x_scale else "bf16", "weight": "f8"} if fp8_ else words
     rows, warps = 128 if not fp8_ and tokens == 16 else 64, 4 if tokens == 64 else 2
     constants = {
@@ -211,7 +212,7 @@ def experts(
     kernel = f"runtime.kernels.{scheme}_experts:{scheme}_experts_kernel"
     optional = ("order", "table", "share", *(("out_scale", "x_scale") if fp8_ else ()))
     constants |= {argument: None for argument in optional if argument not in pointers}
-    limit = {0: 128, 64: 224}.get(tokens) if fp8_ else None
+    limit = ({0: 128, 64: 224} if fp8_ else {0: 96}).get(tokens)
     name = f"{scheme} experts {name}, {f'blocks of {tokens}' if tokens else 'slots'}"
     return Build(name, kernel, pointers, constants, warps, 4, limit, rows * 128, **({"budget": 7.8 if fp8_ else 4.4} | more))
 
@@ -347,7 +348,7 @@ BUILDS = [
     fp8("W8A8 groups", 64, block=True, x_scale=3),
     nvfp4("W4A16", 8, split=1),
     nvfp4("W4A16", 16),
-    nvfp4("W4A16", 32, budget=5.2),
+    nvfp4("W4A16", 32, budget=4.7),
     nvfp4("W4A16, K ends inside a step", 8, K=1856),
     experts("fp8", "first, W8A16", 1024, 2048, split=4),
     experts("fp8", "first, W8A8 groups", 1024, 2048, x_scale=3, block=True, split=4),
@@ -365,11 +366,11 @@ BUILDS = [
     experts("nvfp4", "down, W4A16", 2048, 512, act=0),
     experts("nvfp4", "down, W4A16, K ends inside a step", 2688, 1856, act=0),
     experts("nvfp4", "first, W4A16", 1024, 2048, 16),
-    experts("nvfp4", "first, W4A16", 1024, 2048, 32, budget=5.2),
+    experts("nvfp4", "first, W4A16", 1024, 2048, 32, budget=4.7),
     *(mxfp8(tokens) for tokens in (8, 16, 64)),
     nvfp4("W4A16", 8, mx=True),
     nvfp4("W4A16", 16, mx=True),
-    nvfp4("W4A16", 32, mx=True, budget=5.2),
+    nvfp4("W4A16", 32, mx=True, budget=4.7),
     Build("mx quantise", "runtime.kernels.mx_quantize:mx_quantize_kernel", {"x": "bf16", "out": "bf16"},
           {"K": 5120, "GROUPS": 32, "E2M1": True}),
     *(expand(scheme, 5120) for scheme in ("fp8_tensor", "fp8_channel", "fp8_block", "nvfp4", "mxfp8", "mxfp4")),

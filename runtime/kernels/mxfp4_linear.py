@@ -69,7 +69,7 @@ def prepare(spec: ModuleSpec, tensors: Mapping[str, Tensor]) -> Callable[..., Te
             part = inputs[first : first + SHAPES[-1].tokens]
             cut = tiles or tiles_for(name, SHAPES, len(part), N, K, device)
             nvfp4_linear_kernel[(-(-N // cut.rows), cut.split)](
-                part.view(torch.int32), words, exponents, word_selectors(device), offset, factor, bias,
+                part.view(torch.int64), words, exponents, word_selectors(device), offset, factor, bias,
                 result[first : first + len(part)], workspace(cut, N, device), counters(device), len(part), N, N,
                 K, cut.rows, cut.tokens, cut.split, cut.steps, bias is not None, INTERPRETED,
                 num_warps=cut.warps, num_stages=cut.stages, maxnreg=cut.registers,

@@ -39,7 +39,7 @@ from runtime.kernels.tiles import INTERPRETED, Shape, Tiles, counters
 
 SCHEMES = ("nvfp4",)
 ACTIVATIONS: tuple[str | None, ...] = (None, "nvfp4")
-SLOT_SHAPES = (Shape(8, 64, 2, 4),)
+SLOT_SHAPES = (Shape(8, 64, 2, 4, registers=96),)  # by itself the assembler stops at 80 and spills
 BLOCK_SHAPES = (Shape(16, 128, 2, 4), Shape(32, 64, 2, 4))
 
 CASES = (
@@ -65,8 +65,8 @@ def nvfp4_experts_kernel(
 ) -> None:  # fmt: skip
     """Program (tile of rows, range of K, slot), or with `order` and `table` (tile, 0, block).
 
-    Int32 words, as for `nvfp4_linear_kernel`: `x` `[., K / 2]`, `weight` `[E, N, K / 8]`, `block_scale` `[E, N, K / 64]`,
-    or bytes `[E, N, K / 16]` where K is no multiple of 64.  `scale` `[E, SCALES]`; `scale_row` int32 `[N]`.
+    As for `nvfp4_linear_kernel`: `x` int64 `[., K / 4]`, `weight` int32 `[E, N, K / 8]`, `block_scale` `[E, N, .]`.  `scale`
+    `[E, SCALES]`; `scale_row` int32 `[N]`.
     Slot s has row s // `SHARED` of `x`.
     """
     token = tl.arange(0, TOKENS)
@@ -84,9 +84,9 @@ def nvfp4_experts_kernel(
         work_left = start < stop
     if work_left:
         row = tile_rows(N, ROWS, ACT)
-        words_per_row: tl.constexpr = K // 64 if K % 64 == 0 else K // 16
+        words_per_row: tl.constexpr = K // 128 if K % 128 == 0 else (K // 64 if K % 64 == 0 else K // 16)
         sums = sum_products(
-            x + (slots // SHARED).to(tl.int64) * (K // 2), live, weight + expert.to(tl.int64) * (N * (K // 8)) + row * (K // 8),
+            x + (slots // SHARED).to(tl.int64) * (K // 4), live, weight + expert.to(tl.int64) * (N * (K // 8)) + row * (K // 8),
             block_scale + expert.to(tl.int64) * (N * words_per_row) + row * words_per_row, selectors,
             tl.program_id(1) * STEPS, K, ROWS, TOKENS, SPLIT, STEPS, INTERPRETED,
         )
@@ -133,7 +133,7 @@ class Nvfp4Stage:
             cut = tiles or cut_blocks(BLOCK_SHAPES, blocks.tokens, K)
             grid = (-(-N // cut.rows), 1, len(blocks.table))
         nvfp4_experts_kernel[grid](
-            x.view(torch.int32), self.words, self.block_scale, word_selectors(device),
+            x.view(torch.int64), self.words, self.block_scale, word_selectors(device),
             self.scale, self.scale_row, chosen, launch.share, None if blocks is None else blocks.order,
             None if blocks is None else blocks.table, out, workspace(cut, grid, launch, device), counters(device),
             N, K, self.scale.shape[1], count // len(x), chosen.shape[1], cut.rows, cut.tokens, cut.split, cut.steps,

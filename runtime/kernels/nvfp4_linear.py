@@ -202,19 +202,18 @@ def sum_products(
     """Float32 `[ROWS, TOKENS]`: 2**-7 times the products of rows and inputs, over the `STEPS` steps of 128 from step `first`.
 
     Pointers to where each row or token begins: `weights` and `blocks` `[ROWS]`, `inputs` `[TOKENS]`, of which those that are
-    not `live` count as 0.  `blocks` are words where K is a multiple of 64, else bytes.  Everything that the decoded weights
-    depend on is a load or its broadcast: only so does Triton load it from shared memory in the layout of the tensor cores
-    instead of moving decoded weights.  `offset`: for MXFP4, int32 `[ROWS, 16]` that is added to the exponents, which take the
-    place of the block scales.
+    not `live` count as 0. Everything that the decoded weights depend on is a load, part of one, or its broadcast: only so does
+    Triton load it from shared memory in the layout of the tensor cores instead of moving decoded weights. `offset`: for MXFP4,
+    int32 `[ROWS, 16]` that is added to the exponents, which take the place of the block scales.
     """
     WORDS: tl.constexpr = 16
     WHOLE: tl.constexpr = SPLIT * STEPS * 128 == K
     MX: tl.constexpr = offset is not None
-    PER_STEP: tl.constexpr = (1 if K % 128 == 0 else 4) if MX else (2 if K % 64 == 0 else 8)
+    PER_STEP: tl.constexpr = 1 if K % 128 == 0 else (4 if MX else (2 if K % 64 == 0 else 8))
     word = tl.arange(0, WORDS)
     weights = weights[:, None] + (first * WORDS + word)[None, :]
     blocks = blocks[:, None] + first * PER_STEP
-    inputs = inputs[None, :] + (first * (WORDS * 4) + word * 4)[:, None]
+    inputs = inputs[None, :] + (first * (WORDS * 2) + word * 2)[:, None]
     live = live[None, :]
     selector = tl.broadcast_to(tl.load(selectors + word[None, :]), (ROWS, WORDS))
     sums = tl.zeros((ROWS, TOKENS), tl.float32)
@@ -222,8 +221,8 @@ def sum_products(
         left = K // 8 - (first + step) * WORDS  # words of K that remain
         if WHOLE:
             w = tl.load(weights)
-            low = tl.load(blocks)
-            high = low if MX else tl.load(blocks + 1)
+            both = tl.load(blocks)
+            low, high = both.to(tl.int32), both.to(tl.int32) if MX else (both >> 32).to(tl.int32)
         else:
             w = tl.load(weights, mask=(word < left)[None, :], other=0)
             rest = tl.full((ROWS, 1), 0, tl.int32) + left // (4 if MX else 2)  # scales of the row that remain
@@ -233,6 +232,9 @@ def sum_products(
                 else:
                     low = load_scales(blocks, rest, 0)
                 high = low
+            elif K % 128 == 0:
+                both = tl.load(blocks, mask=rest > 0, other=0)
+                low, high = both.to(tl.int32), (both >> 32).to(tl.int32)
             elif K % 64 == 0:
                 low, high = tl.load(blocks, mask=rest > 0, other=0), tl.load(blocks + 1, mask=rest > 4, other=0)
             else:
@@ -242,16 +244,18 @@ def sum_products(
             scales = select_powers(low, selector, offset, INTERPRETED)
         else:
             scales = select_scales(low, high, selector, INTERPRETED)
-        for j in tl.static_range(4):
+        for i in tl.static_range(2):
             if WHOLE:
-                pair = tl.load(inputs + j, mask=live, other=0)
+                quad = tl.load(inputs + i, mask=live, other=0)
             else:
-                pair = tl.load(inputs + j, mask=live & (word < left)[:, None], other=0)
-            sums = multiply(w, scales, pair, 2 * j, sums, INTERPRETED)
-            sums = multiply(w, scales, pair, 2 * j + 1, sums, INTERPRETED)
+                quad = tl.load(inputs + i, mask=live & (word < left)[:, None], other=0)
+            for j in tl.static_range(2):
+                pair = (quad >> (32 * j)).to(tl.int32)
+                sums = multiply(w, scales, pair, 4 * i + 2 * j, sums, INTERPRETED)
+                sums = multiply(w, scales, pair, 4 * i + 2 * j + 1, sums, INTERPRETED)
         weights += WORDS
         blocks += PER_STEP
-        inputs += WORDS * 4
+        inputs += WORDS * 2
     return sums
 
 
@@ -279,20 +283,21 @@ def nvfp4_linear_kernel(
 ) -> None:  # fmt: skip
     """Program (tile of rows, range of K).
 
-    Int32 words: `x` `[M, K / 2]` pairs of bfloat16, `weight` `[N, K / 8]`, `block_scale` `[N, K / 64]`, or bytes `[N, K / 16]`
-    where K is no multiple of 64.  `selectors` `[16]`: for each word of a step, its block four times, one per nibble.
-    `scale`: float32 `[N]`.  With `offset`, int32 `[16]`, the codes are those of MXFP4 (`mxfp4_linear`).
+    `x`: int64 `[M, K / 4]`, four of bfloat16; int32 `weight` `[N, K / 8]`; `block_scale` `[N, .]` as `scale_words` makes it:
+    one load for all scales of a step, where K allows, asks the cache once per row and not twice. `selectors` int32 `[16]`: for
+    each word of a step, its block four times, one per nibble. `scale`: float32 `[N]`. With `offset`, int32 `[16]`, the codes
+    are those of MXFP4 (`mxfp4_linear`).
     """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     row = tl.minimum(row, N - 1).to(tl.int64)  # the last tile repeats a row instead of masking every load
     token = tl.arange(0, TOKENS)
     group: tl.constexpr = 16 if offset is None else 32
-    per_row: tl.constexpr = K // group // 4 if K % (4 * group) == 0 else K // group
+    per_row: tl.constexpr = K // 128 if K % 128 == 0 else (K // 64 if K % 64 == 0 and group == 16 else K // group)
     shift = None
     if offset is not None:
         shift = tl.broadcast_to(tl.load(offset + tl.arange(0, 16)[None, :]), (ROWS, 16))
     sums = sum_products(
-        x + token * (K // 2), token < M, weight + row * (K // 8), block_scale + row * per_row, selectors,
+        x + token * (K // 4), token < M, weight + row * (K // 8), block_scale + row * per_row, selectors,
         tl.program_id(1) * STEPS, K, ROWS, TOKENS, SPLIT, STEPS, INTERPRETED, shift,
     )
     if SPLIT == 1:
@@ -310,8 +315,9 @@ def word_selectors(device: torch.device) -> Tensor:
 
 
 def scale_words(scale: Tensor) -> Tensor:
-    """Block scales `[..., K / 16]` as the kernel takes them: int32 `[..., K / 64]`, or uint8 where K is no multiple of 64."""
-    return scale.contiguous().view(torch.int32 if scale.shape[-1] % 4 == 0 else torch.uint8)
+    """Block scales `[..., K / 16]` as the kernel takes them: 8 in an int64, or 4 in an int32, or each as uint8, as K allows."""
+    words = next(dtype for size, dtype in ((8, torch.int64), (4, torch.int32), (1, torch.uint8)) if scale.shape[-1] % size == 0)
+    return scale.contiguous().view(words)
 
 
 def prepare(spec: ModuleSpec, tensors: Mapping[str, Tensor]) -> Callable[..., Tensor]:
@@ -350,7 +356,7 @@ def prepare(spec: ModuleSpec, tensors: Mapping[str, Tensor]) -> Callable[..., Te
             inputs = x if input_scale is None else left[0] if left else quantize(x, input_scale)
             cut = tiles or tiles_for(name, SHAPES, M, stop - start, K, device)
             nvfp4_linear_kernel[(-(-(stop - start) // cut.rows), cut.split)](
-                inputs.view(torch.int32), words[start:stop], block_scale[start:stop],
+                inputs.view(torch.int64), words[start:stop], block_scale[start:stop],
                 word_selectors(device), None, scale[start:stop], None if bias is None else bias[start:stop],
                 result[:, start:stop], workspace(cut, stop - start, device), counters(device), M, stop - start, N,
                 K, cut.rows, cut.tokens, cut.split, cut.steps, bias is not None, INTERPRETED,
