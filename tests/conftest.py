@@ -25,7 +25,7 @@ os.environ.setdefault("TRITON_INTERPRET", "1")
 
 ROOT = Path(__file__).resolve().parents[1]
 # Fixtures that a script of its own computes, while other tests run: it needs Triton without its interpreter.
-SCRIPTS = {"builds": "compiled.py", "emulated_runs": "emulated.py"}
+SCRIPTS = {"builds": ("compiled.py",), "emulated_runs": ("emulated.py",), "emulated_few": ("emulated.py", "100", "few")}
 _started: dict[str, subprocess.Popen[str]] = {}
 for entry in (str(ROOT), str(ROOT / "tests")):
     if entry not in sys.path:
@@ -37,7 +37,8 @@ from build import Built, build  # noqa: E402  (after the path is set)
 def start_script(fixture: str) -> subprocess.Popen[str]:
     """The process of a script of `SCRIPTS`, started once."""
     if fixture not in _started:
-        command = [sys.executable, str(ROOT / "tests" / SCRIPTS[fixture])]
+        script, *arguments = SCRIPTS[fixture]
+        command = [sys.executable, str(ROOT / "tests" / script), *arguments]
         env = {**os.environ, "TRITON_INTERPRET": "0"}
         _started[fixture] = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
     return _started[fixture]

@@ -1,9 +1,9 @@
 """Kernels compiled for a GPU that is not there, and executed by `ptx.py`: the code that a GPU would run, on a CPU.
 
-    python tests/emulated.py [generation]
+    python tests/emulated.py [generation [few]]
 
-runs the tiny cases of every kernel, and `faulty_kernels`, and prints one JSON list.  It is a process of its own because the
-interpreter, which the other tests need, replaces the compiler when kernels are imported.
+runs the tiny cases of every kernel, and `faulty_kernels`, or those of `FEW`, and prints one JSON list.  It is a process of its
+own because the interpreter, which the other tests need, replaces the compiler when kernels are imported.
 
 Everything before the launch is Triton's own: how arguments specialise a kernel, the compilation and its cache.
 """
@@ -16,8 +16,9 @@ import functools
 import importlib
 import json
 import os
+import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -29,6 +30,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import numpy as np
+import ptx_blackwell  # noqa: F401  (its instructions)
 import torch
 import triton
 from ptx import parse
@@ -42,12 +44,20 @@ SCRATCH = 2  # pointers that Triton appends to the arguments
 UNORDERED = {("attend_kernel", argument) for argument in ("held", "kept_k", "kept_v")}
 MODELS = (("qwen3_5_moe", "NVFP4", False), ("nemotron_h", "FP8 static", True), ("step3p5", "FP8 blocks", False))
 TARGET = [90]  # generation
+# For sm_100: where tensor memory is used, with one exponent per group too, and instructions that sm_90 does not have
+FEW = (
+    ("attention_decode", "many queries"), ("fp8_experts", "rows"), ("fp8_linear", "rows"), ("fp8_linear", "groups"),
+    ("mxfp8_linear", "one tile"), ("ssd_scan", "chunks and a rest"), ("nvfp4_linear", "one row, one block"),
+    ("router", "softmax"),
+)  # fmt: skip
 FAULTS = ("reads_beyond", "writes_beyond", "writes_elsewhere", "counts_without_order")
+MULTIPLIED: set[str] = set()  # `mma`, `wgmma` and `tcgen05`, as far as kernels that ran have them
 
 
 @functools.cache
-def program(path: str) -> Program:
-    return parse(Path(path).read_text())
+def program(path: str) -> tuple[Program, set[str]]:
+    text = Path(path).read_text()
+    return parse(text), set(re.findall(r"\b(mma|wgmma|tcgen05)(?=\.(?:sync|mma_async|mma)\b)", text))
 
 
 def region(name: str, tensor: torch.Tensor, ordered: bool) -> Region:
@@ -77,7 +87,9 @@ class Launcher:
                 values.append(argument.data_ptr())
             else:
                 values.append(float(argument) if kind.startswith("fp") else int(argument))
-        Launch(program(path), (x, y, z), self.warps, self.shared, values + [0] * SCRATCH, regions).run()
+        code, multiplies = program(path)
+        MULTIPLIED.update(multiplies)
+        Launch(code, (x, y, z), self.warps, self.shared, values + [0] * SCRATCH, regions).run()
 
 
 class Driver:
@@ -126,6 +138,11 @@ def cases() -> list[tuple[str, str, Any]]:
 
     found = [(name, kernel) for name, kernel in kernels() if any(hasattr(o, "arg_names") for o in vars(kernel).values())]
     return [(label(kernel, case), name, case) for name, kernel in found for case in kernel.CASES if case.tiny]
+
+
+def few() -> list[tuple[str, str, Any]]:
+    """Those of `FEW`."""
+    return [found for found in cases() if (found[1], found[2].name) in FEW]
 
 
 def runs(kernel: ModuleType, case: Any) -> dict[str, float]:
@@ -214,25 +231,26 @@ def whole_model(family: str, scheme: str, quantized: bool) -> dict[str, float]:
     return {"logits": error(found), "usual": error(usual), "ahead": len(ahead), "late": len(late)}
 
 
-def results() -> Iterator[dict[str, Any]]:
-    """For each case its errors, or what went wrong."""
+def results(chosen: list[tuple[str, str, Any]], faults: Sequence[str], models: Sequence[Any]) -> Iterator[dict[str, Any]]:
+    """For each case its errors, or what went wrong; also which instructions multiply matrices."""
     faulty = importlib.import_module("faulty_kernels")
-    work: list[tuple[str, Callable[[], dict[str, float]]]] = [(name, getattr(faulty, name)) for name in FAULTS]
-    for label, name, case in cases():
+    work: list[tuple[str, Callable[[], dict[str, float]]]] = [(name, getattr(faulty, name)) for name in faults]
+    for label, name, case in chosen:
         work.append((label, functools.partial(runs, importlib.import_module(f"runtime.kernels.{name}"), case)))
-    work += [(" ".join(map(str, model)), functools.partial(whole_model, *model)) for model in MODELS]
+    work += [(" ".join(map(str, model)), functools.partial(whole_model, *model)) for model in models]
     for label, run in work:
+        MULTIPLIED.clear()
         try:
-            yield {"name": label, "errors": run()}
+            yield {"name": label, "errors": run(), "instructions": sorted(MULTIPLIED)}
         except FaultError as fault:
             yield {"name": label, "fault": str(fault)}
 
 
 def main() -> None:
-    """Run everything and print it."""
+    """Run everything, or a few, and print it."""
     TARGET[0] = int(sys.argv[1]) if len(sys.argv) > 1 else 90
     use(TARGET[0])
-    json.dump(list(results()), sys.stdout)
+    json.dump(list(results(few(), (), ()) if "few" in sys.argv else results(cases(), FAULTS, MODELS)), sys.stdout)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Execute PTX, the assembly that Triton's compiler makes for NVIDIA GPUs, on a CPU: a kernel as it will run, without a GPU.
 
 Written from NVIDIA's PTX ISA.  It knows what the kernels of `runtime.kernels` are compiled to for sm_90, with `mma.sync` and
-`wgmma`, and for sm_100 as far as they do without `tcgen05`, and refuses the rest by name.
+`wgmma`, and with `ptx_blackwell.py` for sm_100, and refuses the rest by name.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
-from ptx_machine import TYPES, UNSIGNED, WARP, Array, FaultError, Launch, Program, Step, from_bf16, stem
+from ptx_machine import AT_BARRIER, TYPES, UNSIGNED, WARP, Array, FaultError, Launch, Program, Step, from_bf16, stem
 
 # Numbers
 
@@ -57,7 +57,10 @@ def statements(text: str) -> list[str]:
     """Labels, which end in `:`, and instructions, in order."""
     found, at = [], 0
     while at < len(text):
-        if text[at].isspace() or text[at] in "{};":
+        if text[at].isspace() or text[at] == ";":
+            at += 1
+        elif text[at] in "{}":
+            found.append(text[at])
             at += 1
         elif directive := re.compile(r"\.(loc|file)\b[^\n]*").match(text, at):
             at = directive.end()
@@ -68,7 +71,27 @@ def statements(text: str) -> list[str]:
             end = text.index(";", at)
             found.append(" ".join(text[at:end].split()))
             at = end
-    return [s for s in found if not s.startswith(".pragma")]
+    return scoped([s for s in found if not s.startswith(".pragma")])
+
+
+def scoped(found: list[str]) -> list[str]:
+    """Without braces: labels and registers that are declared between them get names of their own."""
+    result: list[str] = []
+    starts: list[int] = []
+    for statement in found:
+        if statement == "{":
+            starts.append(len(result))
+        elif statement == "}":
+            inside = result[starts.pop() :]
+            names = {s[:-1] for s in inside if s.endswith(":")}
+            names |= {name for s in inside if s.startswith(".reg") for name in split_operands(s.split(maxsplit=2)[2])}
+            for name in names:
+                own = re.compile(rf"(?<![%\w$]){re.escape(name)}(?![\w$])")
+                inside = [own.sub(f"{name}_{len(result)}_", s) for s in inside]
+            result[len(result) - len(inside) :] = inside
+        else:
+            result.append(statement)
+    return result
 
 
 def split_operands(text: str) -> list[str]:
@@ -101,8 +124,10 @@ def parse(text: str) -> Program:
             size = 0 if kind == ".pred" else int(kind[2:]) // 8
             program.bytes |= {stem(name.partition("<")[0]): size for name in split_operands(names)}
             continue
+        if meets := re.match(r"(@!?[%\w]+ )?(bar|barrier)\.sync\b", statement):
+            program.blocks.append([])
         program.blocks[-1].append((statement, instruction(statement, program)))
-        if re.match(r"(@!?[%\w]+ )?(bra|ret|exit)\b", statement):
+        if meets or re.match(r"(@!?[%\w]+ )?(bra|ret|exit)\b", statement):
             program.blocks.append([])
     return program
 
@@ -490,13 +515,24 @@ def shuffling(parts: list[str], operands: list[str]) -> Step:
 @makes("redux")
 def reducing(parts: list[str], operands: list[str]) -> Step:
     name, kind = parts[1], parts[-1]
-    to, a, _ = operands
-    over = {"min": np.minimum, "max": np.maximum, "add": np.add, "or": np.bitwise_or, "and": np.bitwise_and}[name]
+    to, a, mask = operands
+    if len(parts) != 3:
+        raise FaultError(f"not known: redux.{'.'.join(parts)}")
+    over = {"min": np.fmin, "max": np.fmax, "add": np.add, "or": np.bitwise_or, "and": np.bitwise_and}[name]
 
     def step(m: Launch, on: Array | None) -> None:
-        m.whole_warps(on)
-        value = np.broadcast_to(m.get(a, kind), m.lanes)
-        m.put(to, np.repeat(over.reduce(value.reshape(-1, WARP), 1).astype(value.dtype), WARP), on)
+        warps = m.whole_warps(on)
+        value, masks = (np.broadcast_to(m.get(x, k), m.lanes).reshape(-1, WARP)[warps] for x, k in ((a, kind), (mask, "u32")))
+        members = (masks[:, :, None] >> np.arange(WARP, dtype=np.uint32) & 1).astype(bool)  # [warps, thread, of whom]
+        if not members[:, np.arange(WARP), np.arange(WARP)].all() or (members != members.swapaxes(1, 2)).any():
+            raise FaultError("the threads of a warp do not agree on who takes part")
+        found = np.zeros((m.lanes // WARP, WARP), value.dtype)
+        for rows in np.unique(masks, axis=0):
+            same = np.flatnonzero((masks == rows).all(1))
+            for group in np.unique(rows):
+                inside = np.flatnonzero(rows == group)
+                found[np.ix_(warps[same], inside)] = over.reduce(value[np.ix_(same, inside)], 1)[:, None]
+        m.put(to, found.ravel(), on)
 
     return step
 
@@ -638,15 +674,15 @@ def waiting(parts: list[str], operands: list[str]) -> Step:
 
     def step(m: Launch, on: Array | None) -> None:
         if on is None:
-            m.epoch += 1
-            m.join(np.arange(m.programs))
+            m.meet(np.arange(m.programs))
             return
-        rows = on.reshape(m.programs, m.threads)
+        rows = on.reshape(-1, WARP)
         over = (m.pc >= len(m.program.blocks)).reshape(rows.shape)
         if (rows.any(1) & ~(rows | over).all(1)).any():
             raise FaultError("a barrier that some threads do not reach")
-        m.epoch += rows.any(1)
-        m.join(np.flatnonzero(rows.any(1)))
+        m.waits[on] = AT_BARRIER
+        here = ((m.waits == AT_BARRIER) | over.ravel()).reshape(m.programs, m.threads)
+        m.meet(np.flatnonzero(here.all(1) & on.reshape(here.shape).any(1)))
 
     return step
 
@@ -660,7 +696,9 @@ def leaving(parts: list[str], operands: list[str]) -> Step:
 
 
 @makes("fence", "membar")
-def nothing(parts: list[str], operands: list[str]) -> Step:
+def fencing(parts: list[str], operands: list[str]) -> Step:
+    if parts[:2] == ["proxy", "async"]:
+        return lambda m, on: m.fence(on)
     return lambda m, on: None
 
 
@@ -770,15 +808,11 @@ def multiplying_matrices(parts: list[str], operands: list[str]) -> Step:
     return step
 
 
-def described(m: Launch, descriptor: int, rows: int, inner: int, along: bool) -> Array:
-    """Shared addresses `[rows, inner]` of 16-bit elements of a matrix that a descriptor of `wgmma` names.
+def laid_out(start: int, leading: int, stride: int, width: int, rows: int, inner: int, along: bool) -> Array:
+    """Shared addresses `[rows, inner]` of 16-bit elements, in tiles whose rows have `width` bytes, swizzled beyond 16.
 
     `along`: the elements of a row (of `inner`, the summed dimension) are neighbours; else those of a column.
     """
-    start, leading, stride = ((descriptor >> shift & 0x3FFF) << 4 for shift in (0, 16, 32))
-    width = {0: 16, 1: 128, 2: 64, 3: 32}[descriptor >> 62]  # bytes of a row of a swizzled tile
-    if descriptor >> 49 & 7:
-        raise FaultError("base offset")
     r, k = np.arange(rows)[:, None], np.arange(inner)[None, :]
     per = width // 2
     if along:
@@ -795,6 +829,14 @@ def described(m: Launch, descriptor: int, rows: int, inner: int, along: bool) ->
     address = address + start
     bits = {16: 0, 32: 1, 64: 3, 128: 7}[width]
     return address ^ ((address >> 7 & bits) << 4)
+
+
+def described(descriptor: int, rows: int, inner: int, along: bool) -> Array:
+    """Shared addresses `[rows, inner]` that a descriptor of `wgmma` names."""
+    if descriptor >> 49 & 7:
+        raise FaultError("base offset")
+    start, leading, stride = ((descriptor >> shift & 0x3FFF) << 4 for shift in (0, 16, 32))
+    return laid_out(start, leading, stride, {0: 16, 1: 128, 2: 64, 3: 32}[descriptor >> 62], rows, inner, along)
 
 
 @makes("wgmma")
@@ -818,11 +860,11 @@ def multiplying_by_four_warps(parts: list[str], operands: list[str]) -> Step:
         values = np.broadcast_to(m.get(descriptor, "b64"), m.lanes)[first : first + 4 * WARP]
         if (values != values[0]).any():
             raise FaultError("threads have different descriptors")
-        address = described(m, int(values[0]), rows, 16, along)
+        address = described(int(values[0]), rows, 16, along)
         lane = np.full(address.size, first)
         places = m.in_shared(lane, address.ravel(), 2)
         for warp in range(4):
-            m.saw(places, lane + warp * WARP)
+            m.saw_asynchronously(places, lane + warp * WARP)
         bits = m.shared[places].view(np.uint16).reshape(address.shape)
         return from_bf16(bits) if kind == "bf16" else bits.view(np.float16).astype(np.float32)
 

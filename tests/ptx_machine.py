@@ -20,6 +20,7 @@ Array = npt.NDArray[Any]
 Step = Callable[["Launch", "Array | None"], None]
 WARP = 32
 READS, WRITES, ATOMIC = range(3)
+AT_BARRIER, FOR_OTHERS = 1, 2  # why a thread does not go on
 DOES = ("reads", "writes", "counts")
 UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 TYPES: dict[str, Any] = {
@@ -88,8 +89,10 @@ class Launch:
         self.shared = self.garbage.integers(0, 256, self.programs * shared, np.uint8)
         self.written_by, self.written_at = (np.full(len(self.shared), -1, np.int32) for _ in range(2))
         self.read_by, self.read_at = (np.full(len(self.shared), -1, np.int32) for _ in range(2))
+        self.unfenced = np.zeros(len(self.shared), bool)  # written since, and not yet for what reads past the caches of threads
         self.epoch = np.zeros(self.programs, np.int32)  # barriers passed
         self.pc = np.zeros(self.lanes, np.int32)
+        self.waits = np.zeros(self.lanes, np.int8)
         self.committed = np.zeros(self.lanes, np.int32)  # groups of asynchronous copies
         # Who knows of whom: `clocks[a, b]` is the last stretch of warp b that happened before what warp a does now
         self.clocks = np.eye(self.lanes // WARP, dtype=np.int32)
@@ -97,13 +100,15 @@ class Launch:
         self.released: dict[int, Array] = {}  # clocks by the address of an atomic operation
         self.accesses: dict[str, list[tuple[Array, Array]]] = {}  # of a region: offsets; warp, clock, version, what, byte
         self.copies: list[tuple[Array, Array, Array, Array]] = []  # lanes, groups, bytes of shared memory, what goes there
+        self.units: dict[type, Any] = {}  # what only some generations have
+        self.at_exit: list[Callable[[], None]] = []
         self.at = ""
 
     def run(self) -> None:
         blocks = self.program.blocks
         with np.errstate(all="ignore"):
-            while (block := int(self.pc.min())) < len(blocks):
-                on = self.pc == block
+            while (on := self.next()) is not None:
+                block = int(self.pc[on][0])
                 mask = None if on.all() else on
                 self.pc[on] = block + 1
                 for statement, step in blocks[block]:
@@ -112,9 +117,22 @@ class Launch:
                         step(self, mask)
                     except FaultError as error:
                         raise FaultError(f"{self.program.name}: {statement}: {error}") from None
+        for check in self.at_exit:
+            check()
         for region in self.regions:
             if region.ordered:
                 self.check_order(region)
+
+    def next(self) -> Array | None:
+        """Threads of the first block where some are that can go on; None at the end."""
+        running = (self.waits == 0) & (self.pc < len(self.program.blocks))
+        if not running.any():
+            if (self.waits == AT_BARRIER).any():
+                raise FaultError(f"{self.program.name}: a barrier that some threads do not reach")
+            if (self.waits == FOR_OTHERS).any():
+                raise FaultError(f"{self.program.name}: waits for what nobody does")
+            return None
+        return running & (self.pc == self.pc[running].min())
 
     # Registers
 
@@ -229,6 +247,13 @@ class Launch:
         rest = (self.clocks[warp, warp], np.full(len(warp), len(self.versions) - 1), np.full(len(warp), what), values.ravel())
         self.accesses.setdefault(region.name, []).append((places.ravel(), np.stack([warp, *rest]).astype(np.int32)))
 
+    def meet(self, programs: Array) -> None:
+        """All threads of these programs are at a barrier."""
+        self.epoch[programs] += 1
+        self.waits.reshape(self.programs, self.threads)[programs] = 0
+        if len(programs):
+            self.join(programs)
+
     def join(self, programs: Array) -> None:
         """A barrier: what any warp of these programs did, happened before what each of them does now."""
         clocks = self.clocks.reshape(self.programs, self.warps, -1).copy()
@@ -320,6 +345,20 @@ class Launch:
         if ((self.written_at[places] == epoch) & (self.written_by[places] != warp) & changes).any():
             raise FaultError("writes over what another warp wrote, with no barrier between")
         self.written_by[places], self.written_at[places] = warp, epoch
+        self.unfenced[places] = True
+
+    def fence(self, on: Array | None) -> None:
+        """`fence.proxy.async`: of what these warps wrote, or anyone before the last barrier."""
+        for warp in np.unique(self.warp[self.active(on)]):
+            cta = warp // self.warps
+            own = slice(cta * self.shared_bytes, (cta + 1) * self.shared_bytes)
+            self.unfenced[own] &= (self.written_by[own] != warp) & (self.written_at[own] == self.epoch[cta])
+
+    def saw_asynchronously(self, places: Array, lanes: Array) -> None:
+        """Tensor cores read shared memory by themselves."""
+        self.saw(places, lanes)
+        if self.unfenced[places].any():
+            raise FaultError("reads what was written, with no fence.proxy.async between")
 
     def finish_copies(self, on: Array | None, left: int) -> None:
         """`cp.async.wait_group`."""

@@ -29,7 +29,23 @@ def emulated_runs() -> dict[str, dict[str, Any]]:
 @pytest.mark.parametrize(("label", "name"), [(label, name) for label, name, _ in emulated.cases()])
 def test_compiled_kernels(label: str, name: str, emulated_runs: dict[str, dict[str, Any]]) -> None:
     """Fresh inputs and poisoned outputs, against float64."""
-    run = emulated_runs[label]
+    check(emulated_runs[label], name)
+
+
+@pytest.fixture(scope="session")
+def emulated_few() -> dict[str, dict[str, Any]]:
+    """The same for sm_100."""
+    return {run["name"]: run for run in output_of_script("emulated_few")}
+
+
+@pytest.mark.parametrize(("label", "name"), [(label, name) for label, name, _ in emulated.few()])
+def test_compiled_for_the_next_generation(label: str, name: str, emulated_few: dict[str, dict[str, Any]]) -> None:
+    run = emulated_few[label]
+    check(run, name)
+    assert ("tcgen05" in run["instructions"]) == (name not in ("nvfp4_linear", "router"))
+
+
+def check(run: dict[str, Any], name: str) -> None:
     assert "fault" not in run, run["fault"]
     kernel = import_module(f"runtime.kernels.{name}")
     tolerance = max(TOLERANCE, getattr(kernel, "TOLERANCE", 0.0))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 import numpy as np
+import ptx_blackwell  # noqa: F401  (its instructions)
 import pytest
 import torch
 from ptx import MAKERS, parse, to_bf16, to_e4m3
@@ -101,6 +102,93 @@ def test_registers_start_as_garbage() -> None:
     assert len({*run("mov.b32 %r9, %r20;")}) > 32
 
 
+# 64 columns of tensor memory for two warps, each at lanes of its own: address in `%r7`
+ALLOCATED = """
+	mov.b32 %r4, 0;
+	setp.lt.u32 %p1, %r1, 32;
+	@%p1 tcgen05.alloc.cta_group::1.sync.aligned.shared::cta.b32 [%r4], 64;
+	bar.sync 0;
+	ld.shared.b32 %r5, [%r4];
+	shr.u32 %r6, %r1, 5;
+	shl.b32 %r6, %r6, 21;
+	add.s32 %r7, %r5, %r6;
+"""
+STORED = "tcgen05.st.sync.aligned.16x32bx2.x1.b32 [%r7], 1, {%r1};\n"
+WAITED = "tcgen05.wait::st.sync.aligned;\n"
+LOADED = "tcgen05.ld.sync.aligned.32x32b.x2.b32 {%r9, %r10}, [%r7 + 0];\ntcgen05.wait::ld.sync.aligned;\nbar.sync 0;\n"
+FREED = "@%p1 tcgen05.dealloc.cta_group::1.sync.aligned.b32 %r5, 64;\n"
+BARRIER = """
+	mov.b32 %r20, 512;
+	setp.eq.u32 %p2, %r1, 0;
+	@%p2 mbarrier.init.shared::cta.b64 [%r20], 1;
+	bar.sync 0;
+"""
+WAIT = "{\n.reg .pred done;\nwait:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%r20], 0;\n@!done bra.uni wait;\n}\n"
+
+
+def test_tensor_memory() -> None:
+    """`16x32bx2` puts threads 16 to 31 of a warp beside the first 16; the other lanes are garbage."""
+    one = run(ALLOCATED + STORED + WAITED + LOADED + FREED)
+    assert [one[t] for t in (*range(16), *range(32, 48))] == [*range(16), *range(32, 48)]
+    two = run(ALLOCATED + STORED + WAITED + LOADED + FREED + "mov.b32 %r9, %r10;")
+    assert [two[t] for t in (*range(16), *range(32, 48))] == [*range(16, 32), *range(48, 64)]
+    assert len({*one[16:32], *one[48:], *two[16:32], *two[48:]}) > 60
+
+
+FACTORS = "mov.b32 %r21, 0x3F803F80;\n" + "".join(f"st.shared.b32 [%r2 + {1024 + 256 * i}], %r21;\n" for i in range(9))
+FENCE = "fence.proxy.async.shared::cta;\n"
+DESCRIPTOR = 8 << 16 | 16 << 32 | 1 << 46  # 8x8 elements after another
+PRODUCT = f"""
+	bar.sync 0;
+	mov.b64 %rd4, {DESCRIPTOR | 1024 >> 4};
+	mov.b64 %rd5, {DESCRIPTOR | 3072 >> 4};
+	mov.b32 %r22, {1 << 4 | 1 << 7 | 1 << 10 | 1 << 17 | 4 << 24};  // bfloat16, 64x8
+	mov.pred %p3, 0;
+	@%p2 tcgen05.mma.cta_group::1.kind::f16 [%r5], %rd4, %rd5, %r22, %p3;
+	@%p2 tcgen05.commit.cta_group::1.mbarrier::arrive::one.shared::cluster.b64 [%r20];
+"""
+OVERWRITTEN = "bar.sync 0;\nst.shared.b32 [%r2 + 2048], %r1;\n"
+
+
+def test_a_product_in_tensor_memory() -> None:
+    code = ALLOCATED + BARRIER + FACTORS + FENCE + PRODUCT + WAIT + LOADED + FREED
+    found = np.array(run(code, shared=4096), np.uint32).view(np.float32).reshape(2, 32)
+    assert (found[:, :16] == 16).all()  # 16 ones; rows 16 and on are of the next warp
+    for omitted, said in ((FENCE, "no fence.proxy.async"), (WAIT, "that is being written")):
+        with pytest.raises(FaultError, match=re.escape(said)):
+            run(code.replace(omitted, ""), shared=4096)
+    with pytest.raises(FaultError, match="changed before it was done"):
+        run(code.replace(WAIT, OVERWRITTEN + WAIT), shared=4096)
+    alone = f"setp.lt.u32 %p4, %r1, 32;\n@!%p4 bra $L_other;\n{WAIT}{LOADED}bra $L_end;\n$L_other:\n{LOADED}$L_end:\n"
+    with pytest.raises(FaultError, match="reads a product that it has not waited for"):
+        run(code.replace(WAIT + LOADED, alone), shared=4096)
+
+
+BLACKWELL_FAULTS = {
+    "kept": (ALLOCATED, "leaves without tcgen05.dealloc"),
+    "too much": (ALLOCATED + "@%p1 tcgen05.alloc.cta_group::1.sync.aligned.shared::cta.b32 [%r4], 512;", "no 512 columns"),
+    "beyond": (ALLOCATED + STORED.replace("], 1", "+ 64], 1"), "beyond tensor memory"),
+    "not allocated": (ALLOCATED + STORED.replace("], 1", "+ -64], 1"), "not allocated"),
+    "not waited for": (ALLOCATED + STORED + LOADED, "that is being written"),
+    "lanes of others": (ALLOCATED + STORED.replace("%r7", "%r5"), "lanes of tensor memory that another warp has"),
+    "no barrier object": ("mov.b32 %r20, 512;" + WAIT, "no mbarrier"),
+    "for ever": (BARRIER + WAIT, "waits for what nobody does"),
+    "an overwritten barrier": (BARRIER + "bar.sync 0;\n@%p2 st.shared.b32 [%r20], %r1;\nbar.sync 0;" + WAIT, "was overwritten"),
+}
+
+
+@pytest.mark.parametrize("name", BLACKWELL_FAULTS)
+def test_what_ends_a_run_with_tensor_memory(name: str) -> None:
+    code, said = BLACKWELL_FAULTS[name]
+    with pytest.raises(FaultError, match=re.escape(said)):
+        run(code)
+
+
+def test_labels_in_braces_are_of_their_own() -> None:
+    loop = "{\n.reg .pred go;\nagain:\nadd.s32 %r9, %r9, 1;\nsetp.lt.s32 go, %r9, LAST;\n@go bra again;\n}\n"
+    assert run("mov.b32 %r9, 0;\n" + loop.replace("LAST", "5") + loop.replace("LAST", "9")) == [9] * 64
+
+
 NUMBERS = {
     "prmt.b32 %r9, %r1, 0x01020384, 0xF540;": lambda t: t | 0x84 << 8 | 3 << 16,
     "bfe.u32 %r9, %r1, 2, 3;": lambda t: t >> 2 & 7,
@@ -115,6 +203,10 @@ NUMBERS = {
     "shfl.sync.idx.b32 %r9, %r1, 3, 31, -1;": lambda t: t // 32 * 32 + 3,
     "shfl.sync.up.b32 %r9, %r1, 1, 0, -1;": lambda t: max(t - 1, t // 32 * 32),
     "redux.sync.max.s32 %r9, %r1, -1;": lambda t: t | 31,
+    "redux.sync.max.f32 %r9, 0f7FC00000, -1;": lambda t: 0x7FC00000,
+    "setp.lt.u32 %p1, %r1, 9;\nselp.b32 %r4, %r1, 0x7FC00000, %p1;\nredux.sync.max.f32 %r9, %r4, -1;": lambda t: (
+        8 if t < 32 else 0x7FC00000
+    ),
     "cvt.u16.u32 %rs1, %r1;\nmov.b32 %r9, {%rs1, 7};": lambda t: t | 7 << 16,
 }
 
