@@ -322,6 +322,22 @@ def rotary(name: str, heads: int, D: int, half: int, norms: bool) -> Build:
     )  # fmt: skip
 
 
+def activate(name: str, K: int, kind: str | None, codes: str | None = None, form: int = 0, D: int = 0) -> Build:
+    """One form of `activate_kernel`."""
+    pointers = {"a": "bf16", "out": "bf16"} | ({} if form == 1 else {"b": "bf16"}) | ({"codes": codes} if codes else {})
+    pointers |= {"scales": "f32"} if codes and not (kind or "").startswith("mx") else {}
+    kinds = (None, "fp8_static", "fp8_token", "fp8_group", "fp8_group_e8m0", "nvfp4", "mxfp8", "mxfp4")
+    size = max(128, min(4096 if kind == "fp8_token" else 1024, 1 << (K - 1).bit_length()))
+    constants: dict[str, Any] = {
+        "K": K, "D": D or K, "SIZE": size, "FORM": form, "LIMIT": None, "BY_HEAD": False, "KIND": kinds.index(kind),
+    }  # fmt: skip
+    constants |= {argument: None for argument in ("b", "codes", "scales") if argument not in pointers}
+    return Build(
+        f"activate {name}", "runtime.kernels.activate:activate_kernel", pointers, constants, max(1, size // 256), registers=64,
+        multiples=("a_row", "a_head", "b_row", "b_head"),
+    )  # fmt: skip
+
+
 SCAN = {"H": 64, "SHARED": 8, "P": 64, "N": 128, "ROWS": 64, "COLUMNS": 128, "CHUNK": 64, "INTERPRETED": False}
 STRIDES = tuple(f"{name}_{axis}" for name in ("x", "b", "c", "out") for axis in ("row", "head", "group", "token"))
 MAMBA_SCAN = [
@@ -383,6 +399,13 @@ BUILDS = [
     Build("cosines and sines", "runtime.kernels.rotary:turns_kernel",
           {"positions": "i64", "inv_freq": "f32", "cos": "bf16", "sin": "bf16"}, {"HALF": 32, "SIZE": 32}, 1,
           registers=32, shared=0, scalars={"amplitude": "fp32"}),
+    activate("swiglu and groups", 17408, "fp8_group", "f8"),
+    activate("swiglu and token", 17408, "fp8_token", "f8"),
+    activate("swiglu and NVFP4", 17408, "nvfp4", "bf16"),
+    activate("swiglu and MXFP8", 17408, "mxfp8", "bf16"),
+    activate("relu2 and static", 3712, "fp8_static", "f8", 1),
+    activate("gate and groups", 6144, "fp8_group", "f8", 2, 256),
+    activate("gate", 4096, None, None, 2, 128),
     router("softmax of 256", 256, 2048, 8, True),
     router("sigmoid of 512", 512, 4096, 22, False),
     router("sigmoid of 256 in groups", 256, 2048, 8, False, 8),

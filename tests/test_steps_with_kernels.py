@@ -119,3 +119,21 @@ def test_norms_quantise_for_whoever_takes_their_output(family: str, launches: li
     assert sum(kind > 0 for *_, kind in norms) == NORMS[family]
     per_layer = 1 if family == "nemotron_h" else 2
     assert sum(delta is not None for _, delta, *_ in norms) == per_layer * len(steps.model.model.blocks) - 1
+
+
+# Family -> how often something stands between two projections in one launch: in each dense MLP and shared expert, and the gate
+# of each attention that has one.
+BETWEEN = {"llama": 4, "qwen3_moe": 2, "qwen3_5": 5, "qwen3_5_moe": 5, "nemotron_h": 2, "step3_text": 4, "step3p5": 8}
+
+
+@pytest.mark.parametrize("scheme", ["FP8 blocks", "NVFP4"])
+@pytest.mark.parametrize("family", BETWEEN)
+def test_what_stands_between_projections_quantises(family: str, scheme: str, launches: list[Any]) -> None:
+    """In one launch, instead of two or three."""
+    steps = steps_at(family, scheme, CPU, 5)
+    launches.clear()
+    with Recorder() as recorder:
+        steps.step()
+    kinds = [args[-1] for kernel, _, args, _ in launches if kernel == "activate_kernel"]
+    assert kinds == [3 if scheme == "FP8 blocks" else 5] * BETWEEN[family]
+    assert not {name for name, *_ in recorder.seen} & {"aten.silu.default", "aten.relu.default"}

@@ -30,6 +30,7 @@ ROUTE = "router"
 DELTA_STEP, MAMBA_STEP = "gated delta net, one token", "Mamba2, one token"
 NORM = "norm"
 ROTATE = "rotary positions"
+ACTIVATE = "between two projections"
 DELTA_SCAN, MAMBA_SCAN = "gated delta rule, many tokens", "Mamba2 recurrence, many tokens"
 TORCH = "torch"
 PACKAGES = {"fla": "fla-core, which is not installed (pip install qconvert[fla])"}  # optional, by the name to import
@@ -118,6 +119,11 @@ ROWS = (
         "queries and keys with their norms in one launch, cosines and sines in another",
     ),
     Row(("rotary",), (ROTATE,), None, None, TORCH, "one operation after another; runs anywhere"),
+    Row(
+        ("activation",), (ACTIVATE,), (None,), (90, 110), "runtime.kernels.activate",
+        "one launch for few tokens, with the quantisation after it",
+    ),
+    Row(("activation",), (ACTIVATE,), None, None, TORCH, "one operation after another; runs anywhere"),
     Row(
         ("fp8_tensor", "fp8_channel"), (LINEAR,), ("fp8_static", "fp8_tensor", "fp8_token"), (90, 110),
         "runtime.kernels.scaled_mm",

@@ -15,7 +15,7 @@ from runtime.fixed import fixed_step
 from runtime.format import CONFIG_FILE, CanonicalConfig, FormatError
 from runtime.layers import Linear
 from runtime.machine import check_memory
-from runtime.nonlinear import swiglu
+from runtime.nonlinear import Feeding, swiglu
 from runtime.norms import Delta, total
 from runtime.rotary import Rope
 from runtime.state import Cache, CacheSize, State, Tokens
@@ -48,7 +48,7 @@ class GatedMLP(nn.Module):
         parts = {"gate_proj": (inner,), "up_proj": (inner,)}
         self.gate_up = build.projections(self, f"{name}.gate_up_proj", parts, hidden, bias)
         self.down_proj = build.linear(f"{name}.down_proj", hidden, inner, bias)
-        self.activation = activation
+        self.activation = Feeding(activation, self.down_proj)
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., H]` to `[..., H]`."""

@@ -22,7 +22,7 @@ from runtime.kernels.ssd import Sizes, ssd
 from runtime.kernels.table import MAMBA_SCAN, MAMBA_STEP
 from runtime.layers import Linear, stored
 from runtime.models.base import CausalLM, Draft, Trunk
-from runtime.nonlinear import relu2
+from runtime.nonlinear import Feeding, relu2
 from runtime.norms import Delta, GroupedRMSNorm, LateRoundingRMSNorm, Parts
 from runtime.recurrent import RecurrentMixer
 from runtime.rotary import split_heads
@@ -205,10 +205,11 @@ class MLP(PerToken):
         self.up_proj = build.linear(f"{name}.up_proj", inner, hidden, bias)
         self.first = (self.up_proj,)
         self.down_proj = build.linear(f"{name}.down_proj", hidden, inner, bias)
+        self.activation = Feeding(relu2, self.down_proj)
 
     def forward(self, x: Tensor, *_: object) -> Tensor:
         """`[..., H]` to `[..., H]`."""
-        return self.down_proj(relu2(self.up_proj(x)))
+        return self.down_proj(self.activation(self.up_proj(x)))
 
 
 class MoE(PerToken):

@@ -20,6 +20,7 @@ from runtime.kernels.gated_delta import Sizes, gated_delta
 from runtime.kernels.table import DELTA_SCAN, DELTA_STEP
 from runtime.layers import Linear, stored
 from runtime.models.base import CausalLM, Draft, GatedMLP, Trunk, first_of
+from runtime.nonlinear import Feeding, output_gate
 from runtime.norms import Delta, GatedRMSNorm, ZeroCenteredRMSNorm
 from runtime.recurrent import RecurrentMixer
 from runtime.rotary import Rope, rotate, split_heads
@@ -79,6 +80,7 @@ class Attention(nn.Module):
         self.q_norm = ZeroCenteredRMSNorm(a.head_dim, a.rms_norm_eps)
         self.k_norm = ZeroCenteredRMSNorm(a.head_dim, a.rms_norm_eps)
         self.o_proj = build.linear(f"{name}.o_proj", a.hidden_size, q_rows, a.attention_bias)
+        self.gated = Feeding(output_gate, self.o_proj)
         self.kv = build.kv_cache(self, name, a.num_key_value_heads, a.head_dim)
 
     def forward(self, x: Tensor, at: Tokens, cache: KVCache) -> Tensor:
@@ -86,8 +88,8 @@ class Attention(nn.Module):
         q_gate, k, v = self.qkv(x)
         q, gate = split_heads(q_gate, 2 * self.head_dim).chunk(2, -1)  # (B, Nq, T, D) each
         k, v = split_heads(k, self.head_dim), split_heads(v, self.head_dim)
-        y = cache.attend(*rotate(q, k, at, self.q_norm, self.k_norm), v, at) * torch.sigmoid(gate)
-        return self.o_proj(y.transpose(1, 2).flatten(2))
+        y = cache.attend(*rotate(q, k, at, self.q_norm, self.k_norm), v, at)
+        return self.o_proj(self.gated(y, gate))
 
     def new_cache(self, size: CacheSize) -> KVCache:
         """An empty cache."""

@@ -18,7 +18,7 @@ from runtime.experts import Experts
 from runtime.layers import Linear, stored
 from runtime.models.base import CausalLM, Draft, GatedMLP, Trunk
 from runtime.models.step3_text import Layer, StepArchitecture, StepAttention
-from runtime.nonlinear import SwiGLU
+from runtime.nonlinear import Feeding, SwiGLU, output_gate
 from runtime.norms import ZeroCenteredRMSNorm, total
 from runtime.rotary import Rope, rotate, split_heads
 from runtime.routing import Router, Rule
@@ -133,14 +133,15 @@ class Attention(StepAttention):
         self.k_norm = ZeroCenteredRMSNorm(a.head_dim, a.rms_norm_eps)
         self.g_proj = build.linear(f"{name}.g_proj", heads, a.hidden_size)
         self.o_proj = build.linear(f"{name}.o_proj", a.hidden_size, q_rows)
+        self.gated = Feeding(output_gate, self.o_proj)
         self.kv = build.kv_cache(self, name, kv_heads, a.head_dim, window)
 
     def forward(self, x: Tensor, at: Tokens, cache: KVCache) -> Tensor:
         """`[B, T, H]` to `[B, T, H]`."""
         q, k, v = (split_heads(y, self.head_dim) for y in self.qkv(x))
         q, k = rotate(q, k, at, self.q_norm, self.k_norm, self.rope)
-        y = cache.attend(q, k, v, at).transpose(1, 2)  # (B, T, Nq, D)
-        return self.o_proj((y * torch.sigmoid(self.g_proj(x)).unsqueeze(-1)).flatten(2))
+        gate = self.g_proj(x).transpose(1, 2).unsqueeze(-1)  # (B, Nq, T, 1)
+        return self.o_proj(self.gated(cache.attend(q, k, v, at), gate))
 
 
 class MoE(nn.Module):
