@@ -53,24 +53,45 @@ class Rule:
 
 
 class Router:
-    """The matrix of a router and its rule.  Holds no parameters of its own: `gate`, and `bias` if any, belong to the model."""
+    """The matrix of a router and its rule.  Holds no parameters of its own: `gate`, and `bias` if any, belong to the model.
 
-    def __init__(self, rule: Rule, gate: Linear, bias: Callable[[], Tensor | None] = lambda: None) -> None:
+    `beside`: a layer of one row `[1, H]` that takes the same input and is no expert's, as a gate of shared experts is.
+    """
+
+    def __init__(
+        self, rule: Rule, gate: Linear, bias: Callable[[], Tensor | None] = lambda: None, beside: Linear | None = None
+    ) -> None:
         """`bias`: asks the model for its parameter, which the loader replaces."""
-        self.rule, self.gate, self.bias = rule, gate, bias
+        self.rule, self.gate, self.bias, self.beside = rule, gate, bias, beside
 
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """`[T, H]` to the chosen experts, int64 `[T, k]`, and their weights, float32 `[T, k]`.
 
         Logits are float32.  Few tokens in bfloat16 go to a kernel where `kernels.table` has one for the device.
         """
+        return self._choose(x)[:2]
+
+    def with_logit(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The same, and what `beside` makes of `x`: `[T, 1]` in its dtype.  The kernel computes that too."""
+        assert self.beside is not None
+        chosen, weights, logit = self._choose(x)
+        return chosen, weights, self.beside(x) if logit is None else logit
+
+    def _choose(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         if x.dtype == torch.bfloat16 and 0 < len(x) <= ROUTED_TOKENS and self._kernel is not None:
             return self._kernel(x)
-        return self.rule.choose(self.gate(x.float()), self.bias())
+        return *self.rule.choose(self.gate(x.float()), self.bias()), None
 
     @functools.cached_property
-    def _kernel(self) -> Callable[[Tensor], tuple[Tensor, Tensor]] | None:
-        if type(self.gate) is not Linear or self.gate.bias is not None:
+    def _kernel(self) -> Callable[[Tensor], tuple[Tensor, Tensor, Tensor | None]] | None:
+        if not _plain(self.gate):
             return None
-        module = module_for(ROUTE, "router", self.gate.weight.device)
-        return None if module is None else module.prepare(self.rule, self.gate.weight, self.bias())
+        weight, beside = self.gate.weight, self.beside
+        module = module_for(ROUTE, "router", weight.device)
+        row = beside.weight if beside is not None and _plain(beside) and beside.weight.dtype == weight.dtype else None
+        return None if module is None else module.prepare(self.rule, weight, self.bias(), row)
+
+
+def _plain(layer: Linear) -> bool:
+    """Whether a layer is a dense matrix and nothing else."""
+    return type(layer) is Linear and layer.bias is None

@@ -217,8 +217,8 @@ def experts(
     return Build(name, kernel, pointers, constants, warps, 4, limit, rows * 128, **({"budget": 7.8 if fp8_ else 4.4} | more))
 
 
-def router(name: str, E: int, H: int, per_token: int, softmax: bool, groups: int = 1) -> Build:
-    """One form of `router_kernel`; of several groups, half are kept."""
+def router(name: str, E: int, H: int, per_token: int, softmax: bool, groups: int = 1, beside: bool = False) -> Build:
+    """One form of `router_kernel`; of several groups, half are kept.  `beside`: with a row that is no expert's."""
     pointers = {"x": "bf16", "weight": "bf16", "logits": "f32", "count": "i32", "chosen": "i64", "weights": "f32"}
     constants = {
         "H": H, "E": E, "PER_TOKEN": per_token, "SOFTMAX": softmax, "NORMALIZE": True, "GROUPS": groups,
@@ -227,6 +227,8 @@ def router(name: str, E: int, H: int, per_token: int, softmax: bool, groups: int
     }  # fmt: skip
     pointers |= {} if softmax else {"bias": "f32"}
     constants |= {"bias": None} if softmax else {}
+    pointers |= {"beside": "bf16", "logit": "bf16"} if beside else {}
+    constants |= {} if beside else {"beside": None, "logit": None}
     scalars = {"floor": "fp32", "scale": "fp32"}
     return Build(f"router {name}", "runtime.kernels.router:router_kernel", pointers, constants, registers=168, scalars=scalars)
 
@@ -407,6 +409,7 @@ BUILDS = [
     activate("gate and groups", 6144, "fp8_group", "f8", 2, 256),
     activate("gate", 4096, None, None, 2, 128),
     router("softmax of 256", 256, 2048, 8, True),
+    router("softmax of 256, a row beside", 256, 2048, 8, True, beside=True),
     router("sigmoid of 512", 512, 4096, 22, False),
     router("sigmoid of 256 in groups", 256, 2048, 8, False, 8),
     Build("sum over experts", "runtime.kernels.slots:combine_kernel", {"parts": "bf16", "share": "f32", "out": "bf16"},

@@ -113,7 +113,7 @@ def test_router(case: router.Case) -> None:
 
 def test_the_first_of_equals_is_chosen() -> None:
     """All experts are equally good: weights are equal, and no expert is chosen twice."""
-    chosen, weights = router.prepare(Rule(3, "softmax", True), torch.zeros(5, 8), None)(torch.ones(2, 8).bfloat16())
+    chosen, weights, _ = router.prepare(Rule(3, "softmax", True), torch.zeros(5, 8), None)(torch.ones(2, 8).bfloat16())
     assert chosen.tolist() == [[0, 1, 2]] * 2
     assert torch.allclose(weights, torch.full((2, 3), 1 / 3))
 
@@ -121,7 +121,7 @@ def test_the_first_of_equals_is_chosen() -> None:
 def test_routers_use_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
     """A router that believes its CPU to be a GPU chooses as one that does not; its matrix may be float32."""
     case = router.CASES[3]
-    x, weight, bias = router.make_inputs(case, CPU, 0)
+    x, weight, bias, _ = router.make_inputs(case, CPU, 0)
     gate = Linear(case.E, case.H)
     gate.weight = torch.nn.Parameter(weight.float(), requires_grad=False)
     there, here = (Router(case.rule, gate, lambda: bias) for _ in range(2))
@@ -133,3 +133,26 @@ def test_routers_use_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(found[0].sort().values, expected[0].sort().values)
     assert torch.allclose(found[1].sort().values, expected[1].sort().values)
     assert torch.equal(there(x.float())[0], expected[0])
+
+
+@pytest.mark.parametrize(("dtype", "launched"), [(torch.bfloat16, True), (torch.float32, False)], ids=str)
+def test_a_gate_beside_the_router(dtype: torch.dtype, launched: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its logit is that of the layer, which is asked itself where the router's kernel is not for it."""
+    case = next(case for case in router.CASES if case.beside)
+    x, weight, _, row = router.make_inputs(case, CPU, 0)
+    gate, beside, asked = Linear(case.E, case.H), Linear(1, case.H), []
+    gate.weight = torch.nn.Parameter(weight, requires_grad=False)
+    beside.weight = torch.nn.Parameter(row.to(dtype), requires_grad=False)
+    beside.register_forward_hook(lambda *_: asked.append(1))
+    there, here = (Router(case.rule, gate, beside=beside) for _ in range(2))
+    expected = here.with_logit(x)
+    assert asked == [1]
+    assert torch.equal(expected[2], beside(x))
+    monkeypatch.setattr(table, "machine", lambda device: table.Machine(90, True))
+    asked.clear()
+    found = there.with_logit(x)
+    assert len(asked) == (0 if launched else 1)
+    assert [(y.shape, y.dtype) for y in found] == [(y.shape, y.dtype) for y in expected]
+    assert torch.equal(found[0], expected[0])
+    assert torch.allclose(found[2].float(), expected[2].float(), rtol=2**-7)
+    assert torch.equal(there.with_logit(x.float())[2], beside(x.float()))

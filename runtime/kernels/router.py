@@ -3,6 +3,7 @@
     l[t, e] = sum over h of x[t, h] w[e, h]                                                     float32
     p = softmax(l[t]) or sigmoid(l[t]);  chosen[t] = the k largest of p + bias, among the groups that are kept
     weights[t] = p[chosen], divided by (their sum + floor) if they are normalised, times scale
+    logit[t] = bf16(sum over h of x[t, h] v[h])                                where there is a row v beside the matrix
 
 A group is kept if the sum of its two largest p + bias is among the `kept_groups` largest.  Of equals the first counts.
 A program computes some logits of a token; the last one of that token to finish chooses, so no launch is spent on the choice,
@@ -19,6 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from runtime.kernels.quantized import round_to_bf16
 from runtime.kernels.tiles import counters
 from runtime.routing import Rule
 
@@ -30,7 +32,7 @@ STEP = 1024  # inputs at a time
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """Routers: E experts, H inputs, T tokens."""
+    """Routers: E experts, H inputs, T tokens.  `beside`: with a row that is no expert's."""
 
     name: str
     E: int
@@ -38,6 +40,7 @@ class Case:
     T: int
     rule: Rule
     bias: bool = False
+    beside: bool = False
     tiny: bool = False
 
     @property
@@ -46,7 +49,8 @@ class Case:
         return 2 * self.E * self.H
 
     def __str__(self) -> str:
-        return f"{self.name}, {self.rule.scores}, {self.rule.per_token} of {self.E}, {self.T} tokens"
+        beside = ", a row beside" if self.beside else ""
+        return f"{self.name}, {self.rule.scores}, {self.rule.per_token} of {self.E}, {self.T} tokens{beside}"
 
 
 CASES = (
@@ -55,40 +59,48 @@ CASES = (
     Case("sigmoid, bias", 10, 1030, 3, Rule(4, "sigmoid", True, 0.0, 3.0), bias=True, tiny=True),
     Case("groups", 12, 24, 3, Rule(3, "sigmoid", True, 1e-20, 2.5, 3, 2), bias=True, tiny=True),
     Case("groups of one", 5, 24, 2, Rule(2, "sigmoid", False, 0.0, 1.0, 5, 3), bias=True, tiny=True),
-    Case("Qwen3.5-35B-A3B", 256, 2048, 1, Rule(8, "softmax", True)),
-    Case("Qwen3.5-35B-A3B", 256, 2048, 8, Rule(8, "softmax", True)),
+    Case("whole tiles", 8, 1040, 3, Rule(2, "softmax", True), beside=True, tiny=True),
+    Case("a tile for both", 6, 24, 2, Rule(2, "sigmoid", True), bias=True, beside=True, tiny=True),
+    Case("Qwen3.5-35B-A3B", 256, 2048, 1, Rule(8, "softmax", True), beside=True),
+    Case("Qwen3.5-35B-A3B", 256, 2048, 8, Rule(8, "softmax", True), beside=True),
     Case("Nemotron 3 Nano", 128, 2688, 1, Rule(6, "sigmoid", True, 1e-20, 2.5), bias=True),
     Case("Nemotron 3 Super", 512, 4096, 1, Rule(22, "sigmoid", True, 1e-20, 5.0), bias=True),
     Case("Step-3.5-Flash", 288, 4096, 1, Rule(8, "sigmoid", True, 0.0, 3.0), bias=True),
 )
 
 
-def make_inputs(case: Case, device: torch.device, seed: int) -> tuple[Tensor, Tensor, Tensor | None]:
-    """`x` and the matrix in bfloat16, and a float32 bias if any."""
+def make_inputs(case: Case, device: torch.device, seed: int) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """`x` and the matrix in bfloat16, a float32 bias if any, and a row `[1, H]` in bfloat16 if any."""
     random = torch.Generator(device).manual_seed(seed)
     x = torch.randn(case.T, case.H, generator=random, device=device).bfloat16()
-    weight = (torch.randn(case.E, case.H, generator=random, device=device) * case.H**-0.5).bfloat16()
-    return x, weight, torch.randn(case.E, generator=random, device=device) if case.bias else None
+    rows = (torch.randn(case.E + 1, case.H, generator=random, device=device) * case.H**-0.5).bfloat16()
+    bias = torch.randn(case.E, generator=random, device=device) if case.bias else None
+    return x, rows[:-1], bias, rows[-1:].clone() if case.beside else None
 
 
 def errors(case: Case, device: torch.device, seed: int) -> dict[str, float]:
-    """Largest error of a weight over the largest, infinite where other experts were chosen."""
-    x, weight, bias = make_inputs(case, device, seed)
+    """Largest error of a weight over the largest, infinite where other experts were chosen; of the logit beside, over the
+    largest, what exceeds one step of bfloat16."""
+    x, weight, bias, beside = make_inputs(case, device, seed)
     logits = x.double() @ weight.double().T
     expected, weights = case.rule.choose(logits, bias)
-    chosen, found = prepare(case.rule, weight, bias)(x)
+    chosen, found, logit = prepare(case.rule, weight, bias, beside)(x)
     order = [experts.argsort(-1) for experts in (expected, chosen)]
     if not torch.equal(expected.gather(1, order[0]), chosen.gather(1, order[1])):
         return {"choice": torch.inf}
     difference = weights.gather(1, order[0]) - found.gather(1, order[1])
     assert not counters(device).any(), "a counter was left behind"
-    return {"weights": float(difference.abs().max() / weights.max())}
+    worst = {"weights": float(difference.abs().max() / weights.max())}
+    if beside is not None and logit is not None:
+        exact = x.double() @ beside.double().T
+        worst["beside"] = float(((logit.double() - exact).abs() - exact.abs() * 2.0**-7).clamp(min=0).max() / exact.abs().max())
+    return worst
 
 
 def launch(case: Case, device: torch.device, seed: int) -> Callable[[], object]:
     """A launch to time."""
-    x, weight, bias = make_inputs(case, device, seed)
-    run = prepare(case.rule, weight, bias)
+    x, weight, bias, beside = make_inputs(case, device, seed)
+    run = prepare(case.rule, weight, bias, beside)
     return lambda: run(x)
 
 
@@ -145,13 +157,13 @@ def choose_experts(
 
 @triton.jit
 def router_kernel(
-    x: tl.tensor, weight: tl.tensor, bias: tl.tensor, logits: tl.tensor, count: tl.tensor,
+    x: tl.tensor, weight: tl.tensor, bias: tl.tensor, beside: tl.tensor, logits: tl.tensor, logit: tl.tensor, count: tl.tensor,
     chosen: tl.tensor, weights: tl.tensor, floor: tl.tensor, scale: tl.tensor,
     H: tl.constexpr, E: tl.constexpr, PER_TOKEN: tl.constexpr, SOFTMAX: tl.constexpr,
     NORMALIZE: tl.constexpr, GROUPS: tl.constexpr, KEPT: tl.constexpr, WIDE: tl.constexpr, TALL: tl.constexpr,
     PLACES: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr,
 ) -> None:  # fmt: skip
-    """Program (tile of experts, token)."""
+    """Program (tile of experts, token).  `beside`: row E, of the type of `weight`, to `logit` `[T]`; both None without it."""
     token = tl.program_id(1).to(tl.int64)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     at = tl.arange(0, STEP)
@@ -160,8 +172,15 @@ def router_kernel(
     for start in range(0, H, STEP):
         k = start + at
         a = tl.load(x + token * H + k, mask=k < H, other=0.0).to(tl.float32)
-        sums += tl.load(weight + k[None, :], mask=(k < H)[None, :], other=0.0).to(tl.float32) * a[None, :]
-    tl.store(logits + token * E + row, tl.sum(sums, 1), mask=row < E)
+        w = tl.load(weight + k[None, :], mask=(k < H)[None, :], other=0.0)
+        if beside is not None:  # not by another pointer, of which Triton would not know that wide loads may use it
+            last = (row == E)[:, None]
+            w = tl.where(last, tl.load(beside + 0 * row[:, None] + k[None, :], mask=last & (k < H)[None, :], other=0.0), w)
+        sums += w.to(tl.float32) * a[None, :]
+    total = tl.sum(sums, 1)
+    tl.store(logits + token * E + row, total, mask=row < E)
+    if beside is not None:
+        tl.store(logit + token + 0 * row, round_to_bf16(total).to(logit.dtype.element_ty), mask=row == E)
     tl.debug_barrier()  # all threads have stored before one of them releases
     if tl.atomic_add(count + token, 1, sem="acq_rel", scope="gpu") == tl.num_programs(0) - 1:
         tl.store(count + token, 0)
@@ -171,25 +190,29 @@ def router_kernel(
         )  # fmt: skip
 
 
-def prepare(rule: Rule, weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
-    """A function from `x` `[T, H]`, 1 <= T <= 64, to what `rule` says: int64 `[T, k]` and float32 `[T, k]`.
+def prepare(
+    rule: Rule, weight: Tensor, bias: Tensor | None, beside: Tensor | None = None
+) -> Callable[[Tensor], tuple[Tensor, Tensor, Tensor | None]]:
+    """A function from `x` `[T, H]`, 1 <= T <= 64, to what `rule` says: int64 `[T, k]` and float32 `[T, k]`; and the logit of
+    `beside`, bfloat16 `[T, 1]`, or None.
 
-    `weight`: `[E, H]`, and `bias` `[E]` if any, of any float dtype.
+    `weight`: `[E, H]`, and `bias` `[E]` if any, of any float dtype; `beside`: `[1, H]` in the dtype of `weight`.
     """
     E, H = weight.shape
-    groups = rule.groups
+    groups, rows = rule.groups, E + (beside is not None)
     sizes = (triton.next_power_of_2(E // groups), triton.next_power_of_2(groups), triton.next_power_of_2(rule.per_token))
 
-    def route(x: Tensor) -> tuple[Tensor, Tensor]:
+    def route(x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         x = x.contiguous()
         T, device = len(x), x.device
         chosen = torch.empty(T, rule.per_token, dtype=torch.int64, device=device)
         weights = torch.empty(T, rule.per_token, dtype=torch.float32, device=device)
         logits = torch.empty(T, E, dtype=torch.float32, device=device)
-        router_kernel[(-(-E // ROWS), T)](
-            x, weight, bias, logits, counters(device), chosen, weights, rule.floor, rule.scale, H, E, rule.per_token,
-            rule.scores == "softmax", rule.normalize, groups, rule.kept_groups, *sizes, ROWS, STEP,
+        logit = None if beside is None else torch.empty(T, 1, dtype=torch.bfloat16, device=device)
+        router_kernel[(-(-rows // ROWS), T)](
+            x, weight, bias, beside, logits, logit, counters(device), chosen, weights, rule.floor, rule.scale,
+            H, E, rule.per_token, rule.scores == "softmax", rule.normalize, groups, rule.kept_groups, *sizes, ROWS, STEP,
         )  # fmt: skip
-        return chosen, weights
+        return chosen, weights, logit
 
     return route

@@ -37,16 +37,18 @@ class SharedSparseMLP(nn.Module):
     def __init__(self, a: Qwen3_5MoeArchitecture, build: LayerBuilder, name: str) -> None:
         super().__init__()
         self.gate = build.linear(f"{name}.gate", a.num_experts, a.hidden_size)
-        self.route = Router(Rule(a.num_experts_per_tok, "softmax", normalize=True), self.gate)
         self.experts = Experts(build, f"{name}.experts", a.num_experts, a.moe_intermediate_size, a.hidden_size, swiglu)
         self.shared_expert = GatedMLP(build, f"{name}.shared_expert", a.hidden_size, a.shared_expert_intermediate_size)
         self.shared_expert_gate = build.linear(f"{name}.shared_expert_gate", 1, a.hidden_size)
+        rule = Rule(a.num_experts_per_tok, "softmax", normalize=True)
+        self.route = Router(rule, self.gate, beside=self.shared_expert_gate)
 
     def forward(self, x: Tensor) -> Parts:
         """`[B, T, H]` to parts of `[B, T, H]`."""
         tokens = x.flatten(0, 1)
-        routed = self.experts(tokens, *self.route(tokens))
-        return Parts(routed.view_as(x), self.shared_expert(x), self.shared_expert_gate(x))
+        chosen, weights, gate = self.route.with_logit(tokens)
+        routed = self.experts(tokens, chosen, weights)
+        return Parts(routed.view_as(x), self.shared_expert(x), gate.view(*x.shape[:-1], 1))
 
 
 class Qwen3_5Moe(HybridLM):  # noqa: N801 (the family's own spelling)
