@@ -3,6 +3,9 @@
 `slots` has the maths of experts, `fp8_linear` that of the weights and their scales, which here have E as their first axis.
 Quantised inputs: a static scale belongs to an expert, so each slot has codes of its own, and where the second stage has one,
 the first writes codes.  Scales that are made of the input (per token, or per token and 128 inputs) belong to a token.
+
+Blocks of 128 slots: two groups of four warps have 64 rows each and decode them, as the left operand, in registers; with one
+scale per row the products of a step are still under way while the next one is decoded.
 """
 
 from __future__ import annotations
@@ -23,9 +26,12 @@ from runtime.kernels.fp8_linear import reference, row_blocks, row_partitions, su
 from runtime.kernels.fp8_quantize import quantize, quantize_for_experts
 from runtime.kernels.slots import (
     NOTHING,
+    WIDE,
+    Blocks,
     Launch,
     TwoStages,
     can_run,
+    code_dtype,
     cut_blocks,
     cut_slots,
     kind_of,
@@ -40,7 +46,7 @@ from runtime.kernels.tiles import INTERPRETED, Shape, Tiles, counters
 SCHEMES = ("fp8_tensor", "fp8_channel", "fp8_block")
 ACTIVATIONS: tuple[str | None, ...] = (None, "fp8_static", "fp8_token", "fp8_group", "fp8_group_e8m0")
 SLOT_SHAPES = (Shape(8, 64, 2, 4, registers=128),)
-BLOCK_SHAPES = (Shape(16, 64, 2, 4), Shape(64, 64, 4, 2, registers=224))
+BLOCK_SHAPES = (Shape(16, 64, 2, 4), Shape(64, 64, 4, 2, registers=224), Shape(WIDE, 128, 8, 1))
 
 CASES = (
     ExpertCase("gated", "fp8_tensor", 4, 2, 40, 144, tiny=True),
@@ -73,7 +79,7 @@ def fp8_experts_kernel(
 
     `weight` `[E, N, K]`.  `scale` `[E, SCALES]`; `scale_row` int32 `[N]`: the scale of each row, or its row of blocks.
     Slot s has row s // `SHARED` of `x`.  `X_SCALE`: 0 for bfloat16 input; else `x` holds codes with 1: a scale per expert,
-    2: per row of `x`, 3: per row and 128 inputs.
+    2: per row of `x`, 3: per row and 128 inputs, 4: that in the order of `order`, so that threads need one address.
     """
     COLUMNS: tl.constexpr = (K + 127) // 128
     token = tl.arange(0, TOKENS)
@@ -91,9 +97,14 @@ def fp8_experts_kernel(
         work_left = start < stop
     if work_left:
         row = tile_rows(N, ROWS, ACT)
+        x_scales = None
+        if X_SCALE == 3:
+            x_scales = x_scale + slots // SHARED * COLUMNS
+        if X_SCALE == 4:
+            x_scales = x_scale + start.to(tl.int64) * COLUMNS + token * COLUMNS
         scales = scale + expert * SCALES + tl.load(scale_row + row) * (COLUMNS if BLOCK else 1)
         sums = sum_products(
-            x + (slots // SHARED).to(tl.int64) * K, live, x_scale + slots // SHARED * COLUMNS if X_SCALE == 3 else None,
+            x + (slots // SHARED).to(tl.int64) * K, live, x_scales,
             weight + expert.to(tl.int64) * (N * K) + row * K, scales if BLOCK else None,
             tl.program_id(1) * STEPS, K, ROWS, TOKENS, SPLIT, STEPS, X_SCALE != 0, INTERPRETED,
         )
@@ -141,11 +152,13 @@ class Fp8Stage:
         if kind == "fp8_static":
             assert self.input_scale is not None
             x_scale, x_scale_kind = self.input_scale, 1
-            if x.dtype != torch.float8_e4m3fn:
-                x = quantize_for_experts(x, self.input_scale, chosen)
+            if x.dtype != code_dtype(blocks):
+                x = quantize_for_experts(x, self.input_scale, chosen, code_dtype(blocks))
         elif kind is not None:
-            x, x_scale = quantize(x, kind)
+            x, x_scale = quantize(x, kind, dtype=code_dtype(blocks))
             x_scale_kind = 2 if kind == "fp8_token" else 3
+            if x_scale_kind == 3 and blocks is not None and blocks.tokens >= WIDE:
+                x_scale, x_scale_kind = scales_in_order(x_scale, blocks, count // len(x)), 4
         if blocks is None:
             cut = tiles or cut_slots(SLOT_SHAPES, count, N, K, device)
             grid = (-(-N // cut.rows), cut.split, count)
@@ -160,6 +173,14 @@ class Fp8Stage:
             self.act, self.limit, INTERPRETED, num_warps=cut.warps, num_stages=cut.stages, maxnreg=cut.registers,
         )  # fmt: skip
         return out
+
+
+def scales_in_order(scale: Tensor, blocks: Blocks, shared: int) -> Tensor:
+    """Rows `[S, C]` of `scale` `[S / shared, C]` as blocks take them, and room for what the last one reads beyond its slots."""
+    slots, columns = len(blocks.order), scale.shape[1]
+    sorted_ = torch.empty(slots + blocks.tokens, columns, dtype=scale.dtype, device=scale.device)
+    torch.index_select(scale, 0, blocks.order // shared, out=sorted_[:slots])
+    return sorted_
 
 
 def prepare(

@@ -93,15 +93,17 @@ def quantize_tokens_kernel(x: tl.tensor, codes: tl.tensor, scales: tl.tensor, K:
         tl.store(codes + start + at, to_codes(values, scale), mask=start + at < K)
 
 
-def quantize(x: Tensor, kind: str, input_scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def quantize(
+    x: Tensor, kind: str, input_scale: Tensor | None = None, dtype: torch.dtype = torch.float8_e4m3fn
+) -> tuple[Tensor, Tensor]:
     """Codes and scales of `x` `[M, K]`, bfloat16 or float32, contiguous.
 
-    `kind`: one of `KINDS`; `input_scale`: float32 `[1]`, for `fp8_static`.  Returns E4M3 `[M, K]` and float32 scales of
-    the shape that the table above gives.  Reads nothing back to the host.
+    `kind`: one of `KINDS`; `input_scale`: float32 `[1]`, for `fp8_static`.  Returns codes `[M, K]`, E4M3 or a wider
+    `dtype`, and float32 scales of the shape that the table above gives.  Reads nothing back to the host.
     """
     M, K = x.shape
     assert x.is_contiguous()
-    codes = torch.empty(M, K, dtype=torch.float8_e4m3fn, device=x.device)
+    codes = torch.empty(M, K, dtype=dtype, device=x.device)
     if kind == "fp8_token":
         scales = torch.empty(M, dtype=torch.float32, device=x.device)
         step = min(TOKEN_STEP, triton.next_power_of_2(K))
@@ -121,10 +123,10 @@ def quantize(x: Tensor, kind: str, input_scale: Tensor | None = None) -> tuple[T
     return codes, scales
 
 
-def quantize_for_experts(x: Tensor, input_scale: Tensor, chosen: Tensor) -> Tensor:
-    """E4M3 `[S, K]`: rows of `x` `[S / n, K]`, each n times, by the scales `[E]` of the experts `chosen`, int64 `[S]`."""
+def quantize_for_experts(x: Tensor, input_scale: Tensor, chosen: Tensor, dtype: torch.dtype = torch.float8_e4m3fn) -> Tensor:
+    """Codes `[S, K]`: rows of `x` `[S / n, K]`, each n times, by the scales `[E]` of the experts `chosen`, int64 `[S]`."""
     slots, K = chosen.numel(), x.shape[1]
-    codes = torch.empty(slots, K, dtype=torch.float8_e4m3fn, device=x.device)
+    codes = torch.empty(slots, K, dtype=dtype, device=x.device)
     grid = (slots, -(-K // (FP8_BLOCK * GROUPS_AT_ONCE)))
     quantize_groups_kernel[grid](x, codes, input_scale, chosen, K, GROUPS_AT_ONCE, True, False, slots // len(x))
     return codes

@@ -9,6 +9,7 @@ Few tokens: a program takes one slot and reads its expert from what the router l
 expert that several slots chose is read again, mostly from the L2 cache.  Ranges of K, and the slots of a token in the second
 stage, leave partial sums as in `tiles`, and the last program adds them in order.
 Many tokens: slots are sorted by expert, on the device too, and cut into blocks of one expert each; a program takes a block.
+How wide blocks are depends on how many slots an expert has on average, since the host knows no more.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from runtime.nonlinear import ReLU2, SwiGLU
 
 FEW_SLOTS = 128  # slots up to which every slot has programs of its own
 LEAST_ROWS = 64  # of the tiles of that case
+WIDE = 128  # slots of the widest blocks
 MOST_SLOTS = 2**15  # at once: bounds the memory between the stages
 COMBINED = 1024  # outputs per program of the sum over experts
 NOTHING, SWIGLU, RELU2 = 0, 1, 2  # what follows a stage
@@ -45,6 +47,12 @@ class Blocks:
     order: Tensor
     table: Tensor
     tokens: int
+
+
+def code_dtype(blocks: Blocks | None) -> torch.dtype:
+    """Of E4M3 codes between the stages.  Float16 holds all of them and is what the tensor cores take: wide blocks have no time
+    to convert them once per tile of rows, and not at all before the products of the last step are there."""
+    return torch.float16 if blocks is not None and blocks.tokens >= WIDE else torch.float8_e4m3fn
 
 
 def sort_slots(chosen: Tensor, experts: int, tokens: int) -> Blocks:
@@ -181,7 +189,7 @@ class Launch:
     """What a stage is launched with beside its own weights.
 
     `share`: routing weights for the second stage over few tokens.  `blocks`: for many tokens.  `out_scale`: float32 `[E]` where
-    the output is E4M3 codes.
+    the output is E4M3 codes in `code_dtype`.
     """
 
     chosen: Tensor
@@ -241,7 +249,7 @@ class TwoStages:
             tokens = next((t for t in self.block_tokens if t >= average), self.block_tokens[-1])
             blocks = sort_slots(chosen, self.experts, tokens)
         codes = self.down.input_scale if self.codes else None
-        h = torch.empty(slots, self.first.width, dtype=torch.float8_e4m3fn if self.codes else x.dtype, device=x.device)
+        h = torch.empty(slots, self.first.width, dtype=code_dtype(blocks) if self.codes else x.dtype, device=x.device)
         self.first(x, Launch(chosen, None, blocks, codes), h)
         if blocks is None:
             self.down(h, Launch(chosen, weights), y)
@@ -336,7 +344,7 @@ def errors(
         worst[f"{name}, first"] = float((found - expected).abs().max() / expected.abs().max())
         if run.codes:
             scale = b["input_scale"][chosen.flatten()]
-            codes = torch.full(expected.shape, -1.0, device=device).to(torch.float8_e4m3fn)
+            codes = torch.full(expected.shape, -1.0, device=device).to(code_dtype(blocks))
             run.first(x, Launch(chosen, None, blocks, run.down.input_scale), codes, cut)
             wanted = (found / scale).clamp(-448, 448).to(torch.float8_e4m3fn)
             worst[f"{name}, codes"] = float((codes.float() != wanted.float()).double().mean())
