@@ -186,15 +186,18 @@ def errors_of(kernel: ModuleType, case: Any, bench: Bench) -> dict[str, float]:
     if isinstance(case, ExpertCase):
         from runtime.kernels import slots
 
-        plans = expert_plans(kernel)[: 1 if bench.quick else None]
+        plans = expert_plans(kernel, 150 if case.tiny else 40)[: 1 if bench.quick else None]
         return slots.errors(kernel, kernel.reference, case, bench.device, fresh_seed(), plans)
     found: dict[str, float] = kernel.errors(case, bench.device, fresh_seed())
     return found
 
 
-def expert_plans(kernel: ModuleType) -> list[tuple[int, int | None, None]]:
-    """Numbers of tokens, each with slots of their own or with a width of blocks that the kernel has; cut by default."""
-    blocks = [(T, shape.tokens, None) for shape in kernel.BLOCK_SHAPES for T in (5, 40)]
+def expert_plans(kernel: ModuleType, most: int) -> list[tuple[int, int | None, None]]:
+    """Numbers of tokens, each with slots of their own or with a width of blocks that the kernel has; cut by default.
+
+    `most`: of tokens, of which there is an expert that has them all; the reference takes them one by one.
+    """
+    blocks = [(T, shape.tokens, None) for shape in kernel.BLOCK_SHAPES for T in (5, most)]
     return [*((T, None, None) for T in (1, 3, 8)), *blocks]
 
 

@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 GENERATIONS = (90, 100)
-POINTERS = {"f8": "*fp8e4nv", "bf16": "*bf16", "f32": "*fp32", "u8": "*u8", "i32": "*i32", "i64": "*i64", "bool": "*i1"}
+POINTERS = {"f8": "*fp8e4nv", "f16": "*fp16", "bf16": "*bf16", "f32": "*fp32"}
+POINTERS |= {"u8": "*u8", "i32": "*i32", "i64": "*i64", "bool": "*i1"}
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class Build:
     shared: int = 232448  # bytes that a program may have on both generations
     multiples: tuple[str, ...] = ("N", "out_N")  # integers that are known to be multiples of 16
     scalars: dict[str, str] = field(default_factory=dict)  # types of those that are no int32
+    generations: tuple[int, ...] = GENERATIONS
 
 
 @dataclass
@@ -193,26 +195,33 @@ def experts(
     scheme: str, name: str, N: int, K: int, tokens: int = 0, act: int = 1, x_scale: int = 0, block: bool = False,
     split: int = 1, codes: bool = False, **more: Any,
 ) -> Build:  # fmt: skip
-    """One form of `fp8_experts_kernel` or `nvfp4_experts_kernel`.  `tokens`: width of the blocks, 0: a slot per program."""
+    """One form of `fp8_experts_kernel` or `nvfp4_experts_kernel`.  `tokens`: width of the blocks, 0: a slot per program.
+
+    A weight of a block of 128 occupies the tensor cores of sm_90 for as long as 8 instructions take to issue, one of 64 for 4.
+    """
     fp8_ = scheme == "fp8"
+    codes_ = "f16" if tokens == 128 else "f8"
+    wide = not fp8_ and tokens >= 64
     pointers = {"chosen": "i64", "work": "f32", "count": "i32", "scale": "f32", "scale_row": "i32"}
-    pointers |= {"out": "f8" if codes else "bf16"}
+    pointers |= {"out": codes_ if codes else "bf16"}
     pointers |= {"order": "i32", "table": "i32"} if tokens else {}
     pointers |= {"share": "f32"} if act == 0 and not tokens else {}
     pointers |= {"out_scale": "f32"} if codes else {}
     pointers |= {"x_scale": "f32"} if x_scale else {}
     words = {"x": "i64", "weight": "i32", "selectors": "i32", "block_scale": "i32" if K % 128 else "i64"}
-    pointers |= {"x": "f8" if x_scale else "bf16", "weight": "f8"} if fp8_ else words
-    rows, warps = 128 if not fp8_ and tokens == 16 else 64, 4 if tokens == 64 else 2
+    pointers |= {"x": codes_ if x_scale else "bf16", "weight": "f8"} if fp8_ else words
+    pointers |= {"x": "bf16"} if wide else {}
+    rows, warps = {("fp8", 64): (64, 4), ("fp8", 128): (128, 8), ("nvfp4", 16): (128, 2)}.get((scheme, tokens), (64, 2))
+    rows, warps = (256, 16) if wide else (rows, warps)
     constants = {
         "N": N, "K": K, "SHARED": 8, "PER_TOKEN": 8, "ROWS": rows, "TOKENS": tokens or 8, "SPLIT": split,
         "STEPS": -(-K // (128 * split)), "ACT": act, "LIMIT": None, "INTERPRETED": False,
     }  # fmt: skip
-    constants |= {"SCALES": 64, "BLOCK": block, "X_SCALE": x_scale} if fp8_ else {"SCALES": 2}
+    constants |= {"SCALES": 64, "BLOCK": block, "X_SCALE": x_scale} if fp8_ else {"SCALES": 2, "WIDE": wide}
     kernel = f"runtime.kernels.{scheme}_experts:{scheme}_experts_kernel"
     optional = ("order", "table", "share", *(("out_scale", "x_scale") if fp8_ else ()))
     constants |= {argument: None for argument in optional if argument not in pointers}
-    limit = ({0: 128, 64: 224} if fp8_ else {0: 96}).get(tokens)
+    limit = ({0: 128, 64: 224} if fp8_ else {0: 96, 64: 128, 128: 128}).get(tokens)
     name = f"{scheme} experts {name}, {f'blocks of {tokens}' if tokens else 'slots'}"
     return Build(name, kernel, pointers, constants, warps, 4, limit, rows * 128, **({"budget": 7.8 if fp8_ else 4.4} | more))
 
@@ -376,6 +385,11 @@ BUILDS = [
     experts("fp8", "first, W8A8 groups", 1024, 2048, 16, x_scale=3, block=True),
     experts("fp8", "first, W8A8 groups", 1024, 2048, 64, x_scale=3, block=True),
     experts("fp8", "down, W8A16", 2048, 512, 64, act=0),
+    experts("fp8", "first, W8A16", 1024, 2048, 128, budget=5.5),
+    experts("fp8", "first, W8A16 blocks", 1024, 2048, 128, block=True, budget=6.5),
+    experts("fp8", "first, W8A8 groups", 1024, 2048, 128, x_scale=4, block=True, budget=6.5),
+    experts("fp8", "first, W8A8 to codes, K ends inside a step", 1856, 2720, 128, act=2, x_scale=1, codes=True, budget=4.2),
+    experts("fp8", "down, W8A8 tokens", 2048, 512, 128, act=0, x_scale=2, budget=4.2),
     Build("fp8 quantise groups", "runtime.kernels.fp8_quantize:quantize_groups_kernel", QUANTIZE,
           {"K": 5120, "GROUPS": 8, "STATIC": False, "E8M0": True, "SHARED": 1, "chosen": None}),
     Build("fp8 quantise tokens", "runtime.kernels.fp8_quantize:quantize_tokens_kernel", QUANTIZE,
@@ -385,6 +399,9 @@ BUILDS = [
     experts("nvfp4", "down, W4A16, K ends inside a step", 2688, 1856, act=0),
     experts("nvfp4", "first, W4A16", 1024, 2048, 16),
     experts("nvfp4", "first, W4A16", 1024, 2048, 32, budget=4.7),
+    experts("nvfp4", "first, W4A16", 1024, 2048, 64, budget=6.2),
+    experts("nvfp4", "first, W4A16", 1024, 2048, 128, budget=7.2),
+    experts("nvfp4", "down, W4A16, K ends inside a step", 2688, 1856, 128, act=0, budget=6.2, generations=(90,)),
     *(mxfp8(tokens) for tokens in (8, 16, 64)),
     nvfp4("W4A16", 8, mx=True),
     nvfp4("W4A16", 16, mx=True),
@@ -436,7 +453,7 @@ BUILDS = [
 def main() -> None:
     """Compile everything and print it."""
     sys.path.insert(0, str(Path(__file__).parents[1]))
-    json.dump([asdict(compile_build(b, g)) for b in BUILDS for g in GENERATIONS], sys.stdout)
+    json.dump([asdict(compile_build(b, g)) for b in BUILDS for g in b.generations], sys.stdout)
 
 
 if __name__ == "__main__":

@@ -146,7 +146,8 @@ def few() -> list[tuple[str, str, Any]]:
 
 
 def runs(kernel: ModuleType, case: Any) -> dict[str, float]:
-    """Run -> error.  Of a linear layer and of experts: one token and as many as fit, split and not, slots and blocks."""
+    """Run -> error.  Of a linear layer: one token and as many as fit, split and not.  Of experts: slots, and blocks of one of
+    the widths in turn."""
     from bench.gpu_rows import error_of, is_linear
     from runtime.kernels import slots
     from runtime.kernels.cases import ExpertCase
@@ -157,7 +158,8 @@ def runs(kernel: ModuleType, case: Any) -> dict[str, float]:
         ways = ((1, None), (3, 2), (most, None))
         return {f"M={M}, split {split}": error_of(kernel, case, M, cpu, split) for M, split in ways}
     if isinstance(case, ExpertCase):
-        plans = [(3, None, None), (40, kernel.BLOCK_SHAPES[-1].tokens, None)]
+        width = kernel.BLOCK_SHAPES[kernel.CASES.index(case) % len(kernel.BLOCK_SHAPES)].tokens
+        plans = [(3, None, None), (40, width, None)]
         found: dict[str, float] = slots.errors(kernel, kernel.reference, case, cpu, 0, plans)
     else:
         found = kernel.errors(case, cpu, 0)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import ModuleType
 
 import pytest
 import torch
+from torch import Tensor
 
 from runtime.builder import LayerBuilder
 from runtime.experts import Experts
@@ -47,6 +49,32 @@ def test_slots(module: ModuleType, case: ExpertCase) -> None:
 @pytest.mark.parametrize(("module", "case"), TINY[:1] + TINY[3:9:2] + TINY[8:11], ids=label)
 def test_blocks(module: ModuleType, case: ExpertCase) -> None:
     check(module, case, (5, 4, tiles.Tiles(64, 4, 1, -(-max(case.H, case.inner) // 128), 2, 2)))
+
+
+@pytest.mark.parametrize(("module", "case"), [TINY[i] for i in (2, 3, 5, 8, 9, 12)], ids=label)
+def test_wide_blocks(module: ModuleType, case: ExpertCase) -> None:
+    check(module, case, (5, slots.WIDE, None))
+
+
+@pytest.mark.parametrize("module", LINEARS)
+def test_blocks_are_as_wide_as_slots_are_many(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Per expert, on average.  Narrow blocks, of which an expert fills several, give the same up to the rounding of h."""
+    case = replace(module.CASES[5 if module is fp8_experts else 3], E=1, per_token=1, inner=16, H=32)
+    run = module.prepare(*case.specs(), *case.tensors(CPU, 0), case.activation())
+    x, (chosen, share), seen = slots.inputs(66, case.H, CPU, 0), case.chosen(66, CPU, 0), []
+
+    def sort_slots(chosen: Tensor, experts: int, tokens: int) -> slots.Blocks:
+        seen.append(tokens)
+        return sorted_(chosen, experts, tokens)
+
+    sorted_ = slots.sort_slots
+    monkeypatch.setattr(slots, "sort_slots", sort_slots)
+    monkeypatch.setattr(slots, "FEW_SLOTS", 0)
+    found = run(x, chosen, share).float()
+    run(x[:40], chosen[:40], share[:40])
+    expected = replace(run, block_tokens=(16,))(x, chosen, share).float()
+    assert seen == [128, 64, 16]
+    assert (found - expected).abs().max() < 0.02 * expected.abs().max()
 
 
 def test_blocks_hold_every_slot_once() -> None:

@@ -1,7 +1,8 @@
 """NVFP4 experts: stacks of linears in E2M1 codes, for few and for many tokens.
 
 `slots` has the maths of experts, `nvfp4_linear` that of the weights and their decoding; here scales have E as their first axis.
-Quantised inputs: the global scale belongs to an expert, so each slot has values of its own.
+Quantised inputs: the global scale belongs to an expert, so each slot has values of its own.  Blocks of 64 and 128 slots go
+through `nvfp4_wide`.
 """
 
 from __future__ import annotations
@@ -21,8 +22,10 @@ from runtime.kernels.cases import ExpertCase
 from runtime.kernels.fp8_linear import row_partitions
 from runtime.kernels.nvfp4_linear import ROW_FACTOR, reference, scale_words, sum_products, word_selectors
 from runtime.kernels.nvfp4_quantize import quantize_for_experts
+from runtime.kernels.nvfp4_wide import arrange, sum_wide
 from runtime.kernels.slots import (
     NOTHING,
+    WIDE,
     Launch,
     TwoStages,
     can_run,
@@ -40,7 +43,14 @@ from runtime.kernels.tiles import INTERPRETED, Shape, Tiles, counters
 SCHEMES = ("nvfp4",)
 ACTIVATIONS: tuple[str | None, ...] = (None, "nvfp4")
 SLOT_SHAPES = (Shape(8, 64, 2, 4, registers=96),)  # by itself the assembler stops at 80 and spills
-BLOCK_SHAPES = (Shape(16, 128, 2, 4), Shape(32, 64, 2, 4))
+# Four groups of four warps read the inputs of a wide block once and have just the registers of a multiprocessor.
+BLOCK_SHAPES = (
+    Shape(16, 128, 2, 4),
+    Shape(32, 64, 2, 4),
+    Shape(64, 256, 16, 1, registers=128),
+    Shape(WIDE, 256, 16, 1, registers=128),
+)
+WIDE_FROM = 64
 
 CASES = (
     ExpertCase("gated", "nvfp4", 4, 2, 48, 144, tiny=True),
@@ -61,13 +71,13 @@ def nvfp4_experts_kernel(
     chosen: tl.tensor, share: tl.tensor, order: tl.tensor, table: tl.tensor, out: tl.tensor, work: tl.tensor, count: tl.tensor,
     N: tl.constexpr, K: tl.constexpr, SCALES: tl.constexpr, SHARED: tl.constexpr, PER_TOKEN: tl.constexpr,
     ROWS: tl.constexpr, TOKENS: tl.constexpr, SPLIT: tl.constexpr, STEPS: tl.constexpr,
-    ACT: tl.constexpr, LIMIT: tl.constexpr, INTERPRETED: tl.constexpr,
+    ACT: tl.constexpr, LIMIT: tl.constexpr, WIDE: tl.constexpr, INTERPRETED: tl.constexpr,
 ) -> None:  # fmt: skip
     """Program (tile of rows, range of K, slot), or with `order` and `table` (tile, 0, block).
 
     As for `nvfp4_linear_kernel`: `x` int64 `[., K / 4]`, `weight` int32 `[E, N, K / 8]`, `block_scale` `[E, N, .]`.  `scale`
     `[E, SCALES]`; `scale_row` int32 `[N]`.
-    Slot s has row s // `SHARED` of `x`.
+    Slot s has row s // `SHARED` of `x`, which with `WIDE` is bfloat16 as `nvfp4_wide` takes it.
     """
     token = tl.arange(0, TOKENS)
     if table is None:
@@ -85,11 +95,16 @@ def nvfp4_experts_kernel(
     if work_left:
         row = tile_rows(N, ROWS, ACT)
         words_per_row: tl.constexpr = K // 128 if K % 128 == 0 else (K // 64 if K % 64 == 0 else K // 16)
-        sums = sum_products(
-            x + (slots // SHARED).to(tl.int64) * (K // 4), live, weight + expert.to(tl.int64) * (N * (K // 8)) + row * (K // 8),
-            block_scale + expert.to(tl.int64) * (N * words_per_row) + row * words_per_row, selectors,
-            tl.program_id(1) * STEPS, K, ROWS, TOKENS, SPLIT, STEPS, INTERPRETED,
-        )
+        words = weight + expert.to(tl.int64) * (N * (K // 8)) + row * (K // 8)
+        blocks = block_scale + expert.to(tl.int64) * (N * words_per_row) + row * words_per_row
+        inputs = (slots // SHARED).to(tl.int64)
+        if WIDE:
+            sums = sum_wide(x + inputs * (STEPS * 128), live, words, blocks, selectors, K, ROWS, TOKENS, STEPS, INTERPRETED)
+        else:
+            first = tl.program_id(1) * STEPS
+            sums = sum_products(
+                x + inputs * (K // 4), live, words, blocks, selectors, first, K, ROWS, TOKENS, SPLIT, STEPS, INTERPRETED
+            )
         sums *= tl.load(scale + expert * SCALES + tl.load(scale_row + row))[:, None]
         if table is None:
             store_slot(tl.sum(sums, 1), slot, expert, out, None, share, work, count, N, ROWS, SPLIT, ACT, LIMIT, PER_TOKEN)
@@ -124,8 +139,11 @@ class Nvfp4Stage:
         """See `slots.Stage`."""
         chosen, blocks = launch.chosen, launch.blocks
         count, device, (N, K) = chosen.numel(), x.device, self.spec.shape
+        wide = blocks is not None and blocks.tokens >= WIDE_FROM
         if self.input_scale is not None:
-            x = quantize_for_experts(x, self.input_scale, chosen)
+            x = quantize_for_experts(x, self.input_scale, chosen, wide)
+        elif wide:
+            x = arrange(x)
         if blocks is None:
             cut = tiles or cut_slots(SLOT_SHAPES, count, N, K, device)
             grid = (-(-N // cut.rows), cut.split, count)
@@ -133,11 +151,11 @@ class Nvfp4Stage:
             cut = tiles or cut_blocks(BLOCK_SHAPES, blocks.tokens, K)
             grid = (-(-N // cut.rows), 1, len(blocks.table))
         nvfp4_experts_kernel[grid](
-            x.view(torch.int64), self.words, self.block_scale, word_selectors(device),
+            x if wide else x.view(torch.int64), self.words, self.block_scale, word_selectors(device),
             self.scale, self.scale_row, chosen, launch.share, None if blocks is None else blocks.order,
             None if blocks is None else blocks.table, out, workspace(cut, grid, launch, device), counters(device),
             N, K, self.scale.shape[1], count // len(x), chosen.shape[1], cut.rows, cut.tokens, cut.split, cut.steps,
-            self.act, self.limit, INTERPRETED, num_warps=cut.warps, num_stages=cut.stages, maxnreg=cut.registers,
+            self.act, self.limit, wide, INTERPRETED, num_warps=cut.warps, num_stages=cut.stages, maxnreg=cut.registers,
         )  # fmt: skip
         return out
 

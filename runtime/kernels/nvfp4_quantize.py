@@ -41,20 +41,31 @@ def two_levels(values: tl.tensor, outer: tl.tensor, GROUPS: tl.constexpr) -> tup
 
 
 @triton.jit
+def by_nibble(values: tl.tensor, GROUPS: tl.constexpr) -> tl.tensor:
+    """`[GROUPS, 16]` in the order of `nvfp4_wide`: of each 128 inputs all that meet the lowest nibble of a word come first."""
+    return tl.reshape(tl.permute(tl.reshape(values, (GROUPS // 8, 16, 8)), (0, 2, 1)), (GROUPS, 16))
+
+
+@triton.jit
 def quantize_kernel(
     x: tl.tensor, out: tl.tensor, input_scale: tl.tensor, chosen: tl.tensor,
-    K: tl.constexpr, GROUPS: tl.constexpr, SHARED: tl.constexpr,
+    K: tl.constexpr, GROUPS: tl.constexpr, SHARED: tl.constexpr, BY_NIBBLE: tl.constexpr,
 ) -> None:  # fmt: skip
     """Program (m, g): `GROUPS` groups of 16 inputs of row m of the result, which is row m // `SHARED` of `x`.
 
-    `input_scale`: `[1]`, or with `chosen` `[M]` one per expert.
+    `input_scale`: `[1]`, or with `chosen` `[M]` one per expert.  `BY_NIBBLE`: rows of the result as `nvfp4_wide` takes them.
     """
     token = tl.program_id(0).to(tl.int64)
     at = (tl.program_id(1) * GROUPS + tl.arange(0, GROUPS))[:, None] * 16 + tl.arange(0, 16)[None, :]
     values = tl.load(x + token // SHARED * K + at, mask=at < K, other=0.0).to(tl.float32)
     outer = tl.load(input_scale if chosen is None else input_scale + tl.load(chosen + token))
     codes, inner = two_levels(values, outer, GROUPS)
-    tl.store(out + token * K + at, (codes * inner[:, None]).to(out.dtype.element_ty), mask=at < K)
+    result = (codes * inner[:, None]).to(out.dtype.element_ty)
+    if BY_NIBBLE:
+        width: tl.constexpr = (K + 127) // 128 * 128
+        tl.store(out + token * width + at, by_nibble(result, GROUPS), mask=at < width)
+    else:
+        tl.store(out + token * K + at, result, mask=at < K)
 
 
 @triton.jit
@@ -90,16 +101,19 @@ def quantize(x: Tensor, input_scale: Tensor) -> Tensor:
     assert x.is_contiguous()
     out = torch.empty(M, K, dtype=torch.bfloat16, device=x.device)
     grid = (M, -(-K // (NVFP4_GROUP * GROUPS_AT_ONCE)))
-    quantize_kernel[grid](x, out, input_scale, None, K, GROUPS_AT_ONCE, 1)
+    quantize_kernel[grid](x, out, input_scale, None, K, GROUPS_AT_ONCE, 1, False)
     return out
 
 
-def quantize_for_experts(x: Tensor, input_scale: Tensor, chosen: Tensor) -> Tensor:
-    """Bfloat16 `[S, K]`: rows of `x` `[S / n, K]`, each n times, by the scales `[E]` of the experts `chosen`, int64 `[S]`."""
+def quantize_for_experts(x: Tensor, input_scale: Tensor, chosen: Tensor, wide: bool = False) -> Tensor:
+    """Bfloat16 `[S, K]`: rows of `x` `[S / n, K]`, each n times, by the scales `[E]` of the experts `chosen`, int64 `[S]`.
+
+    `wide`: in the order of `nvfp4_wide`, with K rounded up to 128.
+    """
     slots, K = chosen.numel(), x.shape[1]
-    out = torch.empty(slots, K, dtype=torch.bfloat16, device=x.device)
+    out = torch.empty(slots, -(-K // 128) * 128 if wide else K, dtype=torch.bfloat16, device=x.device)
     grid = (slots, -(-K // (NVFP4_GROUP * GROUPS_AT_ONCE)))
-    quantize_kernel[grid](x, out, input_scale, chosen, K, GROUPS_AT_ONCE, slots // len(x))
+    quantize_kernel[grid](x, out, input_scale, chosen, K, GROUPS_AT_ONCE, slots // len(x), wide)
     return out
 
 
