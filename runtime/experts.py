@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -100,6 +100,18 @@ class Experts(nn.Module):
         self.first = build.expert_projections(self, f"{name}.{'gate_up_proj' if gated else 'up_proj'}", parts, hidden, count)
         self.down_proj = build.expert_linears(f"{name}.down_proj", hidden, inner, count)
         self.activation = activation
+        self._left: tuple[Tensor, tuple[Tensor, Tensor]] | None = None
+
+    @property
+    def input_kind(self) -> tuple[str, None] | None:
+        """How the kernels quantise tokens, where that is the same for all experts; see `QuantizedLinear.input_kind`."""
+        if self._kernel is None or self._kernel.input_kind is None:
+            return None
+        return self._kernel.input_kind, None
+
+    def leave(self, x: Tensor, codes: Tensor, scales: Tensor) -> None:
+        """What quantising `x` gives, made elsewhere: the next call takes it if its tokens are those of `x`."""
+        self._left = x, (codes, scales)
 
     def forward(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
         """`x` `[T, H]`, `chosen` int64 `[T, k]`, `weights` `[T, k]`; returns `[T, H]` in the dtype of `x`.
@@ -108,7 +120,9 @@ class Experts(nn.Module):
         tokens that chose them; sums are in float32.
         """
         if x.dtype == torch.bfloat16 and len(x) and self._kernel is not None:
-            return self._kernel(x, chosen, weights)
+            left, self._left = self._left, None
+            same = left is not None and (left[0].data_ptr(), left[0].numel()) == (x.data_ptr(), x.numel())
+            return self._kernel(x, chosen, weights, left[1] if left is not None and same else None)
         if in_fixed_step():
             return self._slot_by_slot(x, chosen, weights)
         order = chosen.flatten().argsort(stable=True)
@@ -134,7 +148,7 @@ class Experts(nn.Module):
         return y.to(x.dtype)
 
     @functools.cached_property
-    def _kernel(self) -> Callable[[Tensor, Tensor, Tensor], Tensor] | None:
+    def _kernel(self) -> Any:
         """All experts on the device of their weights, None where there is nothing for them."""
         first, down = [stack.stack() for stack in self.first.stacks], self.down_proj.stack()
         if len(first) != 1 or first[0] is None or down is None:

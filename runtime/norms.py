@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from runtime.experts import Experts
 from runtime.kernels.table import FEW_TOKENS, NORM, module_for
 from runtime.layers import QuantizedLinear, stored
 
@@ -60,11 +61,12 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.weight = stored(size)
         self.eps = eps
-        self._readers: tuple[QuantizedLinear, ...] = ()
+        self._readers: tuple[QuantizedLinear | Experts, ...] = ()
 
-    def feeds(self, reader: object) -> None:
-        """Say which layer, if it is a quantised one, is called with the output itself: few tokens are quantised for it here."""
-        self._readers = (reader,) if isinstance(reader, QuantizedLinear) else ()
+    def feeds(self, *readers: object) -> None:
+        """Say what is called with the output itself: few tokens are quantised here, for the first that is quantised and for
+        those that quantise alike."""
+        self._readers = tuple(reader for reader in readers if isinstance(reader, (QuantizedLinear, Experts)))
 
     def forward(self, x: Tensor) -> Tensor:
         """Keeps shape and dtype."""
@@ -93,13 +95,13 @@ class RMSNorm(nn.Module):
 
     def _in_one_launch(self, x: Tensor, delta: Delta | None) -> tuple[Tensor, Tensor]:
         assert self._kernel is not None
-        kind, scale = None, None
-        if self._readers and x.numel() <= FEW_TOKENS * x.shape[-1] and (how := self._readers[0].input_kind) is not None:
-            kind, scale = how
+        ways = [reader.input_kind for reader in self._readers] if x.numel() <= FEW_TOKENS * x.shape[-1] else []
+        kind, scale = next(filter(None, ways), (None, None))
         more = (delta.routed, delta.shared, delta.gate) if isinstance(delta, Parts) else (delta, None, None)
         done = self._kernel(x, *more, kind=kind, input_scale=scale)
-        if kind is not None:
-            self._readers[0].leave(done.y, done.codes, done.scales)
+        for reader, way in zip(self._readers, ways):
+            if way is not None and way[0] == kind and way[1] is scale:
+                reader.leave(done.y, done.codes, done.scales)
         return x if delta is None else done.summed, done.y
 
 

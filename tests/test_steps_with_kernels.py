@@ -19,6 +19,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 from triton.runtime import interpreter
 
 from bench.models import SCHEMES, TINY_ARCHITECTURES, empty, make, tiny
+from runtime.experts import Experts
 from runtime.kernels import table
 from runtime.steps import Steps, kind_of
 
@@ -105,8 +106,8 @@ def test_prompts_stay_on_the_device(family: str, scheme: str) -> None:
     assert state.lengths == [203, 90]
 
 
-# Family -> norms whose output some quantised layer takes as it is: of each attention, recurrence, dense MLP and shared expert.
-NORMS = {"qwen3_moe": 4 + 2, "qwen3_5": 8, "qwen3_5_moe": 8, "nemotron_h": 5, "step3_text": 8, "step3p5": 8}
+# Family -> norms whose output some quantised layer takes as it is: of each attention, recurrence, MLP and mixture.
+NORMS = {"qwen3_moe": 8, "qwen3_5": 8, "qwen3_5_moe": 8, "nemotron_h": 5, "step3_text": 8, "step3p5": 8}
 
 
 @pytest.mark.parametrize("family", NORMS)
@@ -137,3 +138,32 @@ def test_what_stands_between_projections_quantises(family: str, scheme: str, lau
     kinds = [args[-1] for kernel, _, args, _ in launches if kernel == "activate_kernel"]
     assert kinds == [3 if scheme == "FP8 blocks" else 5] * BETWEEN[family]
     assert not {name for name, *_ in recorder.seen} & {"aten.silu.default", "aten.relu.default"}
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "qwen3_5_moe", "nemotron_h", "step3p5"])
+def test_experts_take_the_codes_that_a_norm_left(family: str, launches: list[Any]) -> None:
+    """What their first stage reads are the very codes and scales of the norm before them."""
+    steps = steps_at(family, "FP8 tokens", CPU, 5)
+    seen: list[Any] = []
+    layers = [m for m in steps.model.modules() if isinstance(m, Experts)]
+    for experts in layers:
+        leave = experts.leave
+
+        def noted(x: Tensor, codes: Tensor, scales: Tensor, leave: Any = leave) -> None:
+            seen.append((codes, scales))
+            leave(x, codes, scales)
+
+        experts.leave = noted  # type: ignore[method-assign]
+        first = experts._kernel.first
+
+        def stage(x: Tensor, launch: Any, out: Tensor, first: Any = first) -> Tensor:
+            codes, scales = launch.left
+            assert any(codes.data_ptr() == a.data_ptr() and scales.data_ptr() == b.data_ptr() for a, b in seen[-1:])
+            seen.append("taken")
+            return first(x, launch, out)
+
+        object.__setattr__(experts._kernel, "first", stage)
+        stage.spec, stage.width = first.spec, first.width  # type: ignore[attr-defined]
+    steps.step()
+    assert seen[1::2] == ["taken"] * len(layers)
+    assert len(layers) > 0

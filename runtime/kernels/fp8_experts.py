@@ -155,7 +155,10 @@ class Fp8Stage:
             if x.dtype != code_dtype(blocks):
                 x = quantize_for_experts(x, self.input_scale, chosen, code_dtype(blocks))
         elif kind is not None:
-            x, x_scale = quantize(x, kind, dtype=code_dtype(blocks))
+            left = launch.left
+            if left is None or left[0].dtype != code_dtype(blocks):
+                left = quantize(x, kind, dtype=code_dtype(blocks))
+            x, x_scale = left
             x_scale_kind = 2 if kind == "fp8_token" else 3
             if x_scale_kind == 3 and blocks is not None and blocks.tokens >= WIDE:
                 x_scale, x_scale_kind = scales_in_order(x_scale, blocks, count // len(x)), 4

@@ -35,6 +35,7 @@ WIDE = 128  # slots of the widest blocks
 MOST_SLOTS = 2**15  # at once: bounds the memory between the stages
 COMBINED = 1024  # outputs per program of the sum over experts
 NOTHING, SWIGLU, RELU2 = 0, 1, 2  # what follows a stage
+BY_ROW = ("fp8_token", "fp8_group", "fp8_group_e8m0")  # inputs whose rows are quantised each by itself
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,17 +190,23 @@ class Launch:
     """What a stage is launched with beside its own weights.
 
     `share`: routing weights for the second stage over few tokens.  `blocks`: for many tokens.  `out_scale`: float32 `[E]` where
-    the output is E4M3 codes in `code_dtype`.
+    the output is E4M3 codes in `code_dtype`.  `left`: codes and scales of the input that are there already, where it is
+    quantised by row.
     """
 
     chosen: Tensor
     share: Tensor | None = None
     blocks: Blocks | None = None
     out_scale: Tensor | None = None
+    left: tuple[Tensor, Tensor] | None = None
 
 
 class Stage(Protocol):
     """The linears of all experts, and what follows them."""
+
+    @property
+    def spec(self) -> ModuleSpec:
+        """Of one expert or of all."""
 
     @property
     def N(self) -> int:  # noqa: N802 (a dimension)
@@ -230,18 +237,30 @@ class TwoStages:
     block_tokens: tuple[int, ...]
     codes: bool = False
 
-    def __call__(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
-        """`x` bfloat16 `[T, H]`, `chosen` int64 `[T, k]`, `weights` `[T, k]` to `[T, H]`.  Waits for nothing."""
+    @property
+    def input_kind(self) -> str | None:
+        """How tokens are quantised row by row, the same for all experts; None if not so."""
+        kind = self.first.spec.activations
+        return kind if kind in BY_ROW else None
+
+    def __call__(
+        self, x: Tensor, chosen: Tensor, weights: Tensor, left: tuple[Tensor, Tensor] | None = None
+    ) -> Tensor:
+        """`x` bfloat16 `[T, H]`, `chosen` int64 `[T, k]`, `weights` `[T, k]` to `[T, H]`.  Waits for nothing.
+
+        `left`: codes and scales of `x` by `input_kind`, if they are there already.
+        """
         y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         per_token = chosen.shape[1]
         x, chosen, weights = x.contiguous(), chosen.contiguous(), weights.float().contiguous()
         step = max(1, MOST_SLOTS // per_token)
         for first in range(0, len(x), step):
             part = slice(first, first + step)
-            self._run(x[part], chosen[part], weights[part], y[part])
+            some = None if left is None else (left[0][part], left[1][part])
+            self._run(x[part], chosen[part], weights[part], y[part], some)
         return y
 
-    def _run(self, x: Tensor, chosen: Tensor, weights: Tensor, y: Tensor) -> None:
+    def _run(self, x: Tensor, chosen: Tensor, weights: Tensor, y: Tensor, left: tuple[Tensor, Tensor] | None) -> None:
         slots = chosen.numel()
         blocks = None
         if slots > FEW_SLOTS or -(-self.down.N // LEAST_ROWS) * len(x) > COUNTERS:
@@ -250,7 +269,7 @@ class TwoStages:
             blocks = sort_slots(chosen, self.experts, tokens)
         codes = self.down.input_scale if self.codes else None
         h = torch.empty(slots, self.first.width, dtype=code_dtype(blocks) if self.codes else x.dtype, device=x.device)
-        self.first(x, Launch(chosen, None, blocks, codes), h)
+        self.first(x, Launch(chosen, None, blocks, codes, left), h)
         if blocks is None:
             self.down(h, Launch(chosen, weights), y)
         else:

@@ -55,10 +55,10 @@ class GatedMLP(nn.Module):
         return self.down_proj(self.activation(*self.gate_up(x)))
 
 
-def first_of(mlp: nn.Module) -> Linear | None:
-    """The one layer of an MLP that takes its input as it is, of experts that of the shared one; None if there is no such."""
-    mlp = getattr(mlp, "shared_expert", mlp)
-    return mlp.gate_up.only if isinstance(mlp, GatedMLP) else None
+def readers_of(mlp: nn.Module) -> tuple[nn.Module | None, ...]:
+    """What takes the input of an MLP as it is: its first layer, of a mixture that of the shared expert and the experts."""
+    shared = getattr(mlp, "shared_expert", mlp)
+    return shared.gate_up.only if isinstance(shared, GatedMLP) else None, getattr(mlp, "experts", None)
 
 
 class Trunk(nn.Module):

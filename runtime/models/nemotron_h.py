@@ -106,9 +106,9 @@ class NemotronHArchitecture(Architecture):
 
 
 class Mixer(Protocol):
-    """What a block is about.  `first`: the layer that takes the input as it is, None if there are several."""
+    """What a block is about.  `first`: what takes the input as it is."""
 
-    first: tuple[Linear | None]  # a tuple, so that it is no child of this name
+    first: tuple[nn.Module | None, ...]  # a tuple, so that it is no child of this name
 
     def __call__(self, x: Tensor, at: Tokens, cache: Any) -> Delta:
         """`[B, T, H]` to `[B, T, H]`, perhaps in parts; `cache` is updated in place."""
@@ -191,7 +191,7 @@ class Attention(nn.Module):
 class PerToken(nn.Module):
     """A mixer that sees each token alone, and remembers nothing."""
 
-    first: tuple[Linear | None] = (None,)
+    first: tuple[nn.Module | None, ...] = (None,)
 
     def new_cache(self, size: CacheSize) -> None:
         """None."""
@@ -228,7 +228,7 @@ class MoE(PerToken):
         inner, shared = a.moe_intermediate_size, a.shared_intermediate_size * max(1, a.n_shared_experts)
         self.experts = Experts(build, f"{name}.experts", experts, inner, width or hidden, relu2, gated=False)
         self.shared_experts = MLP(build, f"{name}.shared_experts", hidden, shared)
-        self.first = self.shared_experts.first
+        self.first = (*self.shared_experts.first, None if width else self.experts)
 
     def forward(self, x: Tensor, *_: object) -> Parts:
         """`[B, T, H]` to parts of `[B, T, H]`."""

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from runtime.architecture import RotaryArchitecture, refused
 from runtime.builder import LayerBuilder
-from runtime.models.base import CausalLM, GatedMLP, Trunk, first_of
+from runtime.models.base import CausalLM, GatedMLP, Trunk, readers_of
 from runtime.norms import Delta, RMSNorm
 from runtime.rotary import Rope, rotate, split_heads
 from runtime.state import CacheSize, KVCache, Tokens
@@ -81,7 +81,7 @@ class Layer(nn.Module):
         self.post_attention_layernorm = RMSNorm(a.hidden_size, a.rms_norm_eps)
         self.mlp = mlp
         self.input_layernorm.feeds(attention.qkv.only)
-        self.post_attention_layernorm.feeds(first_of(mlp))
+        self.post_attention_layernorm.feeds(*readers_of(mlp))
 
     def forward(self, x: Tensor, delta: Delta | None, at: Tokens, cache: KVCache) -> tuple[Tensor, Delta]:
         """See `DecoderLayer`."""

@@ -19,7 +19,7 @@ from runtime.convolution import CausalConv1d
 from runtime.kernels.gated_delta import Sizes, gated_delta
 from runtime.kernels.table import DELTA_SCAN, DELTA_STEP
 from runtime.layers import Linear, stored
-from runtime.models.base import CausalLM, Draft, GatedMLP, Trunk, first_of
+from runtime.models.base import CausalLM, Draft, GatedMLP, Trunk, readers_of
 from runtime.nonlinear import Feeding, output_gate
 from runtime.norms import Delta, GatedRMSNorm, ZeroCenteredRMSNorm
 from runtime.recurrent import RecurrentMixer
@@ -167,7 +167,7 @@ class Layer(nn.Module):
         self.post_attention_layernorm = ZeroCenteredRMSNorm(a.hidden_size, a.rms_norm_eps)
         self.mlp = mlp
         self.input_layernorm.feeds(*self.mixer.first)
-        self.post_attention_layernorm.feeds(first_of(mlp))
+        self.post_attention_layernorm.feeds(*readers_of(mlp))
 
     @property
     def mixer(self) -> GatedDeltaNet | Attention:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from runtime.architecture import Architecture, refused
 from runtime.builder import LayerBuilder, Projections
 from runtime.experts import Experts
-from runtime.models.base import CausalLM, GatedMLP, Trunk, first_of
+from runtime.models.base import CausalLM, GatedMLP, Trunk, readers_of
 from runtime.models.qwen3_moe import check_experts
 from runtime.nonlinear import swiglu
 from runtime.norms import Delta, Parts, RMSNorm
@@ -131,7 +132,7 @@ class Layer(nn.Module):
         for name, branch in branches.items():
             self.add_module(name, branch)
         self.input_layernorm.feeds(attention.qkv.only)
-        self.post_attention_layernorm.feeds(next(filter(None, map(first_of, self.branches)), None))
+        self.post_attention_layernorm.feeds(*chain.from_iterable(map(readers_of, self.branches)))
 
     def forward(self, x: Tensor, delta: Delta | None, at: Tokens, cache: KVCache) -> tuple[Tensor, Delta]:
         """See `DecoderLayer`."""
