@@ -58,7 +58,8 @@ def test_wide_blocks(module: ModuleType, case: ExpertCase) -> None:
 
 @pytest.mark.parametrize("module", LINEARS)
 def test_blocks_are_as_wide_as_slots_are_many(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Per expert, on average.  Narrow blocks, of which an expert fills several, give the same up to the rounding of h."""
+    """Per expert, on average, and a quarter more.  Narrow blocks, of which an expert fills several, give the same up to the
+    rounding of h."""
     case = replace(module.CASES[5 if module is fp8_experts else 3], E=1, per_token=1, inner=16, H=32)
     run = module.prepare(*case.specs(), *case.tensors(CPU, 0), case.activation())
     x, (chosen, share), seen = slots.inputs(66, case.H, CPU, 0), case.chosen(66, CPU, 0), []
@@ -71,9 +72,10 @@ def test_blocks_are_as_wide_as_slots_are_many(module: ModuleType, monkeypatch: p
     monkeypatch.setattr(slots, "sort_slots", sort_slots)
     monkeypatch.setattr(slots, "FEW_SLOTS", 0)
     found = run(x, chosen, share).float()
-    run(x[:40], chosen[:40], share[:40])
+    for T in (52, 51):
+        run(x[:T], chosen[:T], share[:T])
     expected = replace(run, block_tokens=(16,))(x, chosen, share).float()
-    assert seen == [128, 64, 16]
+    assert seen == [128, 128, 64, 16]
     assert (found - expected).abs().max() < 0.02 * expected.abs().max()
 
 

@@ -9,7 +9,8 @@ Few tokens: a program takes one slot and reads its expert from what the router l
 expert that several slots chose is read again, mostly from the L2 cache.  Ranges of K, and the slots of a token in the second
 stage, leave partial sums as in `tiles`, and the last program adds them in order.
 Many tokens: slots are sorted by expert, on the device too, and cut into blocks of one expert each; a program takes a block.
-How wide blocks are depends on how many slots an expert has on average, since the host knows no more.
+How wide blocks are depends on how many slots an expert has on average, since the host knows no more, and a quarter is added:
+of experts that are chosen equally often, half have more than the average.
 """
 
 from __future__ import annotations
@@ -264,8 +265,8 @@ class TwoStages:
         slots = chosen.numel()
         blocks = None
         if slots > FEW_SLOTS or -(-self.down.N // LEAST_ROWS) * len(x) > COUNTERS:
-            average = -(-slots // self.experts)
-            tokens = next((t for t in self.block_tokens if t >= average), self.block_tokens[-1])
+            usual = slots * 5 // (self.experts * 4)
+            tokens = next((t for t in self.block_tokens if t >= usual), self.block_tokens[-1])
             blocks = sort_slots(chosen, self.experts, tokens)
         codes = self.down.input_scale if self.codes else None
         h = torch.empty(slots, self.first.width, dtype=code_dtype(blocks) if self.codes else x.dtype, device=x.device)
