@@ -33,7 +33,7 @@ from runtime.nonlinear import ReLU2, SwiGLU
 FEW_SLOTS = 128  # slots up to which every slot has programs of its own
 LEAST_ROWS = 64  # of the tiles of that case
 WIDE = 128  # slots of the widest blocks
-MOST_SLOTS = 2**15  # at once: bounds the memory between the stages
+MOST_SLOTS = 2**16  # at once: bounds the memory between the stages; a second run reads all experts again
 COMBINED = 1024  # outputs per program of the sum over experts
 NOTHING, SWIGLU, RELU2 = 0, 1, 2  # what follows a stage
 BY_ROW = ("fp8_token", "fp8_group", "fp8_group_e8m0")  # inputs whose rows are quantised each by itself
