@@ -6,7 +6,7 @@
     codes, scales                          of y, as `quantized` makes them
 
 `runtime.nonlinear` has the same in torch, which rounds to bfloat16 where this does.  Inputs are read where they are: parts of
-the rows of a fused projection, heads before tokens.  Roundings are done by integers, as the interpreter truncates.
+the rows of a fused projection, heads before tokens.  Roundings are those of `quantized.round_to_bf16`.
 """
 
 from __future__ import annotations

@@ -19,6 +19,7 @@ from runtime.format import FP8_BLOCK, MX_GROUP, NVFP4_GROUP
 from runtime.kernels.fp8_quantize import power_of_two_above, to_codes
 from runtime.kernels.mx_quantize import mx_values
 from runtime.kernels.nvfp4_quantize import two_levels
+from runtime.kernels.tiles import INTERPRETED
 
 # By their numbers in kernels.
 KINDS = (None, "fp8_static", "fp8_token", "fp8_group", "fp8_group_e8m0", "nvfp4", "mxfp8", "mxfp4")
@@ -26,6 +27,7 @@ KINDS = (None, "fp8_static", "fp8_token", "fp8_group", "fp8_group_e8m0", "nvfp4"
 _GROUPS = {"fp8_static": 1, "fp8_group": FP8_BLOCK, "fp8_group_e8m0": FP8_BLOCK, "nvfp4": NVFP4_GROUP}
 _GROUPS |= {"mxfp8": MX_GROUP, "mxfp4": MX_GROUP}
 STATIC = ("fp8_static", "nvfp4")  # kinds with a stored scale
+_INTERPRETED = tl.constexpr(INTERPRETED)
 
 
 class Reader(Protocol):
@@ -112,9 +114,18 @@ def output_errors(out: Tensor, y: Tensor, reader: Kept | None) -> dict[str, floa
 
 @triton.jit
 def round_to_bf16(x: tl.tensor) -> tl.tensor:
-    """Finite float32 to the nearest bfloat16, ties to even, still in float32.  By integers, as the interpreter truncates."""
-    bits = x.to(tl.int32, bitcast=True)
-    return ((bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000).to(tl.float32, bitcast=True)
+    """Float32 to the nearest bfloat16, ties to even, still in float32.
+
+    One instruction, into the upper half: of a cast there and back LLVM makes arithmetic in bfloat16, and leaves out roundings.
+    By integers in the interpreter; on a GPU they would make a zero of its NaN, 0x7FFFFFFF.
+    """
+    if _INTERPRETED:
+        bits = x.to(tl.int32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
+    else:
+        asm: tl.constexpr = "cvt.rn.bf16x2.f32 $0, $1, 0f00000000;"
+        bits = tl.inline_asm_elementwise(asm, "=r,f", [x], tl.int32, is_pure=True, pack=1)
+    return bits.to(tl.float32, bitcast=True)
 
 
 @triton.jit

@@ -6,7 +6,7 @@
     y = bf16(w * bf16(n)), bf16(w * n) or bf16((1 + w) * n)             `runtime.norms` says who does which
     codes, scales                               of y, as `quantized` makes them
 
-Roundings to bfloat16 are done by integer arithmetic, because the interpreter truncates; casts after them are exact.
+Roundings to bfloat16 are those of `quantized.round_to_bf16`, as the interpreter truncates; casts after them are exact.
 """
 
 from __future__ import annotations

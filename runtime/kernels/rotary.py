@@ -6,7 +6,7 @@
     out[t, h, i + r] = bf16(bf16(y[i + r] c[t, i]) + bf16(y[i] s[t, i]))
     out[t, h, i]     = y[i]                                                     for i >= 2 r
 
-so torch's order of roundings.  Roundings are done by integer arithmetic, because the interpreter truncates.
+so torch's order of roundings.  Roundings are those of `quantized.round_to_bf16`.
 
 An angle is brought between -pi/4 and pi/4 in float64, whose series are exact enough for any position; the functions of the
 library keep tables in memory for large angles.
