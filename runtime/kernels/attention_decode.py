@@ -30,7 +30,7 @@ from torch import Tensor
 
 from runtime.format import FP8_MAX
 from runtime.kernels.fp8_quantize import to_codes
-from runtime.kernels.tiles import COUNTERS, INTERPRETED, counters, multiprocessors
+from runtime.kernels.tiles import COUNTERS, INTERPRETED, counters, multiprocessors, show_copies
 
 SCHEMES = ("kv bf16", "kv fp8")
 ACTIVATIONS: tuple[str | None, ...] = (None,)
@@ -271,6 +271,8 @@ def attend_kernel(
             there = (holds >= 0) & (holds < position) & (holds > position - WINDOW)
         if INTERPRETED:
             there = there & (step < steps)
+        if QUERIES >= 64 and not INTERPRETED:
+            show_copies(step)
         scores = tl.dot(queries, tl.trans(as_operand(keys, INTERPRETED)), input_precision="ieee") * factor
         scores = tl.where(there[None, :], scores, -float("inf"))
         highest = tl.maximum(m, tl.max(scores, 1))

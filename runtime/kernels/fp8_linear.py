@@ -41,6 +41,7 @@ from runtime.kernels.tiles import (
     add_partials,
     counters,
     leave_partial,
+    show_copies,
     tiles_for,
     workspace,
 )
@@ -139,6 +140,8 @@ def sum_products(
             inside = k + step * STEP < K
             w = tl.load(weights, mask=inside[None, :], other=0.0)
             a = tl.load(inputs, mask=live[:, None] & inside[None, :], other=0.0)
+        if TOKENS >= 64 and not INTERPRETED:
+            show_copies(step)
         if INTERPRETED:
             product = tl.dot(w.to(tl.float32), tl.trans(a.to(tl.float32)), input_precision="ieee")
         elif CODES:

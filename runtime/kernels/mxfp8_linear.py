@@ -28,6 +28,7 @@ from runtime.kernels.tiles import (
     add_partials,
     counters,
     leave_partial,
+    show_copies,
     tiles_for,
     workspace,
 )
@@ -81,6 +82,8 @@ def mxfp8_linear_kernel(
                 w = tl.load(weights + 32 * j, mask=inside[:, None], other=0.0)
                 a = tl.load(inputs + 32 * j, mask=live[:, None], other=0.0)
                 power = tl.load(scales + j, mask=inside, other=0)
+            if TOKENS >= 64 and not INTERPRETED:
+                show_copies(step)
             if INTERPRETED:
                 product = tl.dot(w.to(tl.float32), tl.trans(a.to(tl.float32)), input_precision="ieee")
             else:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from runtime.kernels.nvfp4_linear import decode, load_scales, select_scales
 from runtime.kernels.nvfp4_quantize import GROUPS_AT_ONCE, by_nibble
+from runtime.kernels.tiles import show_copies
 
 
 @triton.jit
@@ -77,6 +78,8 @@ def sum_wide(
                 low, high = load_scales(blocks, rest, 0), load_scales(blocks, rest, 4)
         low, high = tl.broadcast_to(low, (ROWS, WORDS)), tl.broadcast_to(high, (ROWS, WORDS))
         scales = select_scales(low, high, selector, INTERPRETED)
+        if not INTERPRETED:
+            show_copies(step)
         for j in tl.static_range(8):
             a = tl.load(inputs + j * WORDS, mask=live, other=0.0)
             if INTERPRETED:

@@ -18,6 +18,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language import target_info
 
 from runtime.kernels.tuned import lookup
 from runtime.kernels.twin import actual
@@ -27,6 +28,7 @@ INPUTS = 128  # elements of K per step: the block of FP8 block scales and of gro
 STAGES = 4
 COUNTERS = 4096  # tiles that a split launch may have
 H200_SMS = 132
+FENCE = tl.constexpr("fence.proxy.async.shared::cta; mov.b32 $0, $1;")
 # The interpreter computes wrongly in bfloat16 and cannot run inline assembly: kernels then work in float32.
 INTERPRETED: bool = triton.knobs.runtime.interpret
 
@@ -113,6 +115,14 @@ def workspace(tiles: Tiles, N: int, device: torch.device) -> Tensor:
     """Float32 room for the partial sums of a launch; one element where nothing is split."""
     size = -(-N // tiles.rows) * tiles.split * tiles.rows * tiles.tokens if tiles.split > 1 else 1
     return torch.empty(size, dtype=torch.float32, device=device)
+
+
+@triton.jit
+def show_copies(step: tl.tensor) -> None:
+    """Before a matmul of four warps or more on sm_90: what asynchronous copies brought to shared memory is there for `wgmma`
+    too, which reads it another way.  Triton 3.6 forgets this, and for sm_100 compiles no such fence.  `step`: any number."""
+    if target_info.cuda_capability_geq(9) and not target_info.cuda_capability_geq(10):
+        tl.inline_asm_elementwise(FENCE, "=r,r", [step], tl.int32, is_pure=False, pack=1)
 
 
 @triton.jit
