@@ -35,7 +35,11 @@ class RecurrentMixer(nn.Module):
             return self.mix(*inputs, at=at, cache=cache)
         alone = at.length == 1 and not at.reversible and len(inputs[0]) <= FEW_TOKENS  # else the outputs are joined
         reader = self.out_proj if alone and isinstance(self.out_proj, QuantizedLinear) else None
-        return cache.step(functools.partial(self._one_token, reader=reader), inputs, at)
+        return cache.step(functools.partial(self._one_token, reader=reader), self.for_kernel(*inputs), at)
+
+    def for_kernel(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """What a kernel for a single token takes in the place of the inputs of `mix`."""
+        return inputs
 
     @functools.cached_property
     def _one_token(self) -> Callable[..., Tensor] | None:

@@ -246,18 +246,20 @@ STEP = {"conv": "bf16", "weight": "bf16", "A_log": "f32", "dt_bias": "f32", "nor
 STEP |= {"real": "bool", "out": "bf16"}
 
 
-def delta_step(name: str, kind: int = 0, codes: str | None = None) -> Build:
-    """One form of `gated_delta_step_kernel`; `kind`: how the output is quantised, as in `quantized.KINDS`."""
+def delta_step(name: str, kind: int = 0, codes: str | None = None, hidden: int = 0) -> Build:
+    """One form of `gated_delta_step_kernel`; `kind`: how the output is quantised, as in `quantized.KINDS`; `hidden`: with the
+    projection of b and a from so many inputs."""
     left = {"codes": codes or "", "scales": "f32"}
     constants = {
         "KEY_HEADS": 16, "VALUE_HEADS": 48, "DK": 128, "DV": 128, "KEYS": 128, "VALUES": 128, "W": 4, "RING": 4, "SILU": True,
-        "KIND": kind,
+        "KIND": kind, "HIDDEN": hidden, "AT_ONCE": 1024,
     }  # fmt: skip
+    pointers = STEP | dict.fromkeys(("qkv", "z", "ba", *(["projection"] if hidden else [])), "bf16")
     return Build(
         f"gated delta net, one token{name}", "runtime.kernels.gated_delta_step:gated_delta_step_kernel",
-        STEP | dict.fromkeys(("qkv", "z", "b", "a"), "bf16") | (left if codes else {}),
-        constants | ({} if codes else dict.fromkeys(left)),
-        warps=4, registers=240, shared=8 * 2**10, multiples=("qkv_row", "z_row", "b_row", "a_row"), scalars={"eps": "fp32"},
+        pointers | (left if codes else {}),
+        constants | ({} if codes else dict.fromkeys(left)) | ({} if hidden else {"projection": None}),
+        warps=4, registers=248, shared=8 * 2**10, multiples=("qkv_row", "z_row", "ba_row"), scalars={"eps": "fp32"},
     )  # fmt: skip
 
 
@@ -442,8 +444,8 @@ BUILDS = [
     Build("nvfp4 quantise, packed", "runtime.kernels.nvfp4_quantize:quantize_packed_kernel",
           {"x": "bf16", "codes": "u8", "scales": "f8", "input_scale": "f32"}, {"K": 5120, "ROWS": 8, "GROUPS": 8}),
     delta_step(""),
-    delta_step(", quantised in groups", 3, "f8"),
-    delta_step(", quantised to NVFP4", 5, "bf16"),
+    delta_step(", quantised in groups", 3, "f8", 2048),
+    delta_step(", quantised to NVFP4", 5, "bf16", 5120),
     mamba_step(""),
     mamba_step(", quantised by one scale", 1, "f8"),
     mamba_step(", quantised in groups", 3, "f8"),

@@ -202,3 +202,30 @@ def test_layers_quantise_for_their_projection(
     found = answers(lambda *what: (left.append(what), leave(*what)))
     assert len(left) == tokens
     assert all(float(y.abs().sum()) > 0 and torch.equal(y, z) for y, z in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize(("dtype", "asked"), [(torch.bfloat16, 0), (torch.float32, 2)], ids=str)
+def test_who_projects_the_gates(dtype: torch.dtype, asked: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A matrix in bfloat16 is left to the kernel; either way the layer answers as torch does."""
+    x, calls = torch.randn(2, 3, 24, generator=torch.Generator().manual_seed(4)).bfloat16(), []
+
+    def answers() -> list[Tensor]:
+        layer = layer_of(LAYERS["gated delta net"])
+        layer.in_proj_ba.weight = nn.Parameter(layer.in_proj_ba.weight.to(dtype), requires_grad=False)
+        layer.in_proj_ba.register_forward_hook(lambda *_: calls.append(1))
+        size = CacheSize(2, 64, 2, CPU, torch.bfloat16)
+        cache = layer.new_cache(size)
+        state, found = State([cache], size, [0, 0]), []
+        for counts in ([3, 3], [3, 2]):
+            found.append(layer(x, state.place(3, counts), cache).float())
+            state.advance(counts)
+            state.keep(counts, [2, 1])
+        return found
+
+    expected = answers()
+    calls.clear()
+    monkeypatch.setattr(table, "machine", lambda device: Machine(90, True))
+    found = answers()
+    assert len(calls) == asked
+    for y, z in zip(found, expected, strict=True):
+        assert (y[:, :2] - z[:, :2]).abs().max() < 0.03 * z.abs().max()

@@ -11,6 +11,7 @@ Source: "Gated Delta Networks" (arXiv 2412.06464), in the form that transformers
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -32,6 +33,12 @@ class Sizes:
     width: int
     eps: float
     gate: str
+
+
+def projects(tensors: Mapping[str, Tensor]) -> bool:
+    """Whether the kernel for one token projects b and a itself, for a layer of these stored tensors: a dense bfloat16 matrix of
+    so few rows is not worth a launch."""
+    return "in_proj_ba.weight" in tensors and tensors["in_proj_ba.weight"].dtype == torch.bfloat16
 
 
 CHUNK = 64  # tokens that one triangular system covers

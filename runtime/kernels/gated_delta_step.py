@@ -3,6 +3,7 @@
 Per sequence and value head, of which `value_heads / key_heads` share a key head; x~ are the inputs of the convolution, newest
 last, of which the ring `conv` has those before:
 
+    b, a = x w_b, x w_a                                             of the layer's input, unless they are given
     q, k, v = silu(sum over i < W of w_i x~_i)                      channel by channel, channels in the order q, k, v
     q <- q / |q| Dk**-0.5;    k <- k / |k|                          |x| = sqrt(sum x**2 + 1e-6)
     g = -exp(A_log) softplus(a + dt_bias);    beta = sigmoid(b)
@@ -27,19 +28,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from runtime.kernels.gated_delta import Sizes
+from runtime.kernels.gated_delta import Sizes, projects
 from runtime.kernels.quantized import KINDS, Reader, leave, output_errors, poisoned, room_for, store_output
 
 SCHEMES = ("state fp32",)
 ACTIVATIONS: tuple[str | None, ...] = (None,)
 TOLERANCE = 1e-4  # of the largest result: float32 throughout
+AT_ONCE = 1024  # inputs of b and a
 WARPS = 4  # two programs fit into the registers of a multiprocessor; with 8 warps one does
 
 
 @dataclass(frozen=True, slots=True)
 class Case:
     """A layer and sequences at `positions`.  `ring`: columns of the convolution's ring; `idle`: whose token is none.
-    `kind`: how the output is quantised."""
+    `kind`: how the output is quantised.  `hidden`: inputs that b and a are projected from, 0 where they are given."""
 
     name: str
     sizes: Sizes
@@ -47,11 +49,13 @@ class Case:
     ring: int = 4
     idle: tuple[int, ...] = ()
     kind: str | None = None
+    hidden: int = 0
     tiny: bool = False
 
     def __str__(self) -> str:
         quantised = f", {self.kind} quantised" if self.kind else ""
-        return f"{self.name}, gated delta net, one token of {len(self.positions)}{quantised}"
+        projected = f", b and a of {self.hidden}" if self.hidden else ""
+        return f"{self.name}, gated delta net, one token of {len(self.positions)}{projected}{quantised}"
 
     @property
     def nbytes(self) -> int:
@@ -68,11 +72,13 @@ CASES = (
     Case("one scale", Sizes(1, 2, 16, 24, 4, 1e-6, "silu"), (5, 6), idle=(0,), kind="fp8_static", tiny=True),
     Case("groups", Sizes(1, 2, 16, 128, 4, 1e-6, "silu"), (5, 6), idle=(0,), kind="fp8_group", tiny=True),
     Case("powers of two", Sizes(1, 1, 16, 384, 4, 1e-6, "silu"), (5,), kind="fp8_group_e8m0", tiny=True),
+    Case("whole steps", Sizes(1, 2, 16, 16, 4, 1e-6, "silu"), (5, 6), hidden=2048, tiny=True),
+    Case("projected", Sizes(1, 3, 16, 16, 4, 1e-6, "silu"), (5, 6), idle=(0,), kind="fp8_static", hidden=1100, tiny=True),
     Case("NVFP4", Sizes(1, 2, 16, 48, 4, 1e-6, "sigmoid"), (5, 6), idle=(1,), kind="nvfp4", tiny=True),
     Case("MXFP8", Sizes(1, 2, 16, 96, 4, 1e-6, "silu"), (5, 6), idle=(1,), kind="mxfp8", tiny=True),
-    Case("Qwen3.5-27B", Sizes(16, 48, 128, 128, 4, 1e-6, "silu"), (1000,)),
-    Case("Qwen3.5-27B", Sizes(16, 48, 128, 128, 4, 1e-6, "silu"), tuple(range(8))),
-    Case("Qwen3.5-35B-A3B", Sizes(16, 32, 128, 128, 4, 1e-6, "silu"), (1000,), kind="fp8_group"),
+    Case("Qwen3.5-27B", Sizes(16, 48, 128, 128, 4, 1e-6, "silu"), (1000,), hidden=5120),
+    Case("Qwen3.5-27B", Sizes(16, 48, 128, 128, 4, 1e-6, "silu"), tuple(range(8)), hidden=5120),
+    Case("Qwen3.5-35B-A3B", Sizes(16, 32, 128, 128, 4, 1e-6, "silu"), (1000,), kind="fp8_group", hidden=2048),
 )
 
 
@@ -83,8 +89,7 @@ class Inputs:
     tensors: dict[str, Tensor]
     qkv: Tensor
     z: Tensor
-    b: Tensor
-    a: Tensor
+    ba: Tensor
     conv: Tensor
     state: Tensor
     positions: Tensor
@@ -105,13 +110,14 @@ def make_inputs(case: Case, device: torch.device, seed: int) -> Inputs:
         "conv1d.weight": (normal(channels, 1, s.width) * 0.5).bfloat16(),
         "A_log": normal(s.value_heads), "dt_bias": normal(s.value_heads).bfloat16(), "norm.weight": normal(s.value_dim),
     }  # fmt: skip
-    qkvz, ba = normal(B, 1, channels + v_rows).bfloat16(), normal(B, 1, 2 * s.value_heads).bfloat16()
+    qkvz, ba = normal(B, 1, channels + v_rows).bfloat16(), normal(B, 1, case.hidden or 2 * s.value_heads).bfloat16()
+    if case.hidden:
+        tensors["in_proj_ba.weight"] = (normal(2 * s.value_heads, case.hidden) * case.hidden**-0.5).bfloat16()
     real = torch.ones(B, 1, dtype=torch.bool, device=device)
     real[list(case.idle)] = False
     qkv, z = qkvz.split([channels, v_rows], -1)
-    b, a = ba.split(s.value_heads, -1)
     return Inputs(
-        tensors, qkv, z, b, a, normal(B, channels, case.ring).bfloat16(),
+        tensors, qkv, z, ba, normal(B, channels, case.ring).bfloat16(),
         normal(B, s.value_heads, s.key_dim, s.value_dim), torch.tensor(case.positions, device=device)[:, None],
         real if case.idle else None,
     )  # fmt: skip
@@ -130,10 +136,13 @@ def reference(i: Inputs, s: Sizes) -> tuple[Tensor, Tensor, Tensor]:
     q, k, v = F.silu((seen * tensors["conv1d.weight"][:, 0]).sum(-1)).split([rows, rows, channels - 2 * rows], -1)
     q, k = (y.unflatten(-1, (-1, s.key_dim)).repeat_interleave(s.value_heads // s.key_heads, 1) for y in (q, k))
     q, k = (y / (y.square().sum(-1, keepdim=True) + 1e-6).sqrt() for y in (q, k))
-    g = -tensors["A_log"].exp() * F.softplus(i.a.double()[:, 0] + tensors["dt_bias"])
+    ba = i.ba.double()[:, 0]
+    ba = ba @ tensors["in_proj_ba.weight"].T if "in_proj_ba.weight" in tensors else ba
+    b, a = ba.split(s.value_heads, -1)
+    g = -tensors["A_log"].exp() * F.softplus(a + tensors["dt_bias"])
     state = i.state.double() * g.exp()[..., None, None]
     v = v.unflatten(-1, (-1, s.value_dim))
-    d = i.b.double()[:, 0].sigmoid().unsqueeze(-1) * (v - torch.einsum("bhkv,bhk->bhv", state, k))
+    d = b.sigmoid().unsqueeze(-1) * (v - torch.einsum("bhkv,bhk->bhv", state, k))
     state = state + k.unsqueeze(-1) * d.unsqueeze(-2)
     o = torch.einsum("bhkv,bhk->bhv", state, q * s.key_dim**-0.5)
     gate = i.z.double()[:, 0].unflatten(-1, (-1, s.value_dim))
@@ -149,7 +158,7 @@ def errors(case: Case, device: torch.device, seed: int) -> dict[str, float]:
     i = make_inputs(case, device, seed)
     y, conv, state = reference(i, case.sizes)
     out, reader = poisoned(y.shape, case.kind, device)
-    prepare(case.sizes, i.tensors)(i.qkv, i.z, i.b, i.a, i.conv, i.state, i.positions, i.real, out=out, reader=reader)
+    prepare(case.sizes, i.tensors)(i.qkv, i.z, i.ba, i.conv, i.state, i.positions, i.real, out=out, reader=reader)
     found = output_errors(out, y, reader) | {"state": float((i.state - state).abs().max() / state.abs().max())}
     return found if torch.equal(i.conv, conv) else dict.fromkeys(found, torch.inf)
 
@@ -158,7 +167,7 @@ def launch(case: Case, device: torch.device, seed: int) -> Callable[[], object]:
     """A launch to time."""
     i = make_inputs(case, device, seed)
     run, reader = prepare(case.sizes, i.tensors), poisoned(i.z.shape, case.kind, device)[1]
-    return lambda: run(i.qkv, i.z, i.b, i.a, i.conv, i.state, i.positions, i.real, reader=reader)
+    return lambda: run(i.qkv, i.z, i.ba, i.conv, i.state, i.positions, i.real, reader=reader)
 
 
 @triton.jit
@@ -193,16 +202,32 @@ def silu(x: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
+def project(
+    x: tl.tensor, first: tl.tensor, second: tl.tensor, HIDDEN: tl.constexpr, AT_ONCE: tl.constexpr
+) -> tuple[tl.tensor, tl.tensor]:
+    """The products of `x` `[HIDDEN]` with two rows, float32; all are pointers."""
+    at = tl.arange(0, AT_ONCE)
+    sums, others = tl.zeros((AT_ONCE,), tl.float32), tl.zeros((AT_ONCE,), tl.float32)
+    for start in tl.static_range(0, HIDDEN, AT_ONCE):
+        inside = start + at < HIDDEN
+        inputs = tl.load(x + start + at, mask=inside, other=0.0).to(tl.float32)
+        sums += inputs * tl.load(first + start + at, mask=inside, other=0.0).to(tl.float32)
+        others += inputs * tl.load(second + start + at, mask=inside, other=0.0).to(tl.float32)
+    return tl.sum(sums, 0), tl.sum(others, 0)
+
+
+@triton.jit
 def gated_delta_step_kernel(
-    qkv: tl.tensor, z: tl.tensor, b: tl.tensor, a: tl.tensor, conv: tl.tensor, weight: tl.tensor, A_log: tl.tensor,
+    qkv: tl.tensor, z: tl.tensor, ba: tl.tensor, projection: tl.tensor, conv: tl.tensor, weight: tl.tensor, A_log: tl.tensor,
     dt_bias: tl.tensor, norm: tl.tensor, state: tl.tensor, positions: tl.tensor, real: tl.tensor, out: tl.tensor,
-    codes: tl.tensor, scales: tl.tensor,
-    qkv_row: tl.tensor, z_row: tl.tensor, b_row: tl.tensor, a_row: tl.tensor, eps: tl.tensor,
+    codes: tl.tensor, scales: tl.tensor, qkv_row: tl.tensor, z_row: tl.tensor, ba_row: tl.tensor, eps: tl.tensor,
     KEY_HEADS: tl.constexpr, VALUE_HEADS: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, KEYS: tl.constexpr,
     VALUES: tl.constexpr, W: tl.constexpr, RING: tl.constexpr, SILU: tl.constexpr, KIND: tl.constexpr,
+    HIDDEN: tl.constexpr, AT_ONCE: tl.constexpr,
 ) -> None:  # fmt: skip
     """Program (value head, sequence).  `KEYS`, `VALUES`: DK and DV rounded up.  `*_row`: strides of a sequence.  `codes`,
-    `scales`, `KIND`: see `quantized.store_quantized`."""
+    `scales`, `KIND`: see `quantized.store_quantized`.  `ba`: b and a of all heads, or with `projection` `[., HIDDEN]` its
+    input, of which `AT_ONCE` are taken at a time."""
     CHANNELS: tl.constexpr = 2 * KEY_HEADS * DK + VALUE_HEADS * DV
     head, sequence = tl.program_id(0), tl.program_id(1).to(tl.int64)
     n, m = tl.arange(0, KEYS), tl.arange(0, VALUES)
@@ -224,9 +249,15 @@ def gated_delta_step_kernel(
     v = silu(convolve(x, ring, weight, 2 * KEY_HEADS * DK + head * DV + m, values, position, W, RING))
     q *= tl.rsqrt(tl.sum(q * q, 0) + 1e-6) * (DK**-0.5)
     k *= tl.rsqrt(tl.sum(k * k, 0) + 1e-6)
-    step = softplus(tl.load(a + sequence * a_row + head).to(tl.float32) + tl.load(dt_bias + head).to(tl.float32))
+    # Here, not before: else the assembler puts off loading S until these have arrived.
+    ba += sequence * ba_row
+    if projection is not None:
+        b, a = project(ba, projection + head * HIDDEN, projection + (VALUE_HEADS + head) * HIDDEN, HIDDEN, AT_ONCE)
+    else:
+        b, a = tl.load(ba + head).to(tl.float32), tl.load(ba + VALUE_HEADS + head).to(tl.float32)
+    step = softplus(a + tl.load(dt_bias + head).to(tl.float32))
     decay = tl.exp(-tl.exp(tl.load(A_log + head).to(tl.float32)) * step)
-    beta = tl.sigmoid(tl.load(b + sequence * b_row + head).to(tl.float32))
+    beta = tl.sigmoid(b)
 
     S *= decay
     d = beta * (v - tl.sum(S * k[:, None], 0))
@@ -240,20 +271,23 @@ def gated_delta_step_kernel(
 
 
 def prepare(sizes: Sizes, tensors: Mapping[str, Tensor]) -> Callable[..., Tensor]:
-    """A function for the layer whose stored `tensors` are these: `conv1d.weight`, `A_log`, `dt_bias`, `norm.weight`.
+    """A function for the layer whose stored `tensors` are these: `conv1d.weight`, `A_log`, `dt_bias`, `norm.weight`, and
+    perhaps `in_proj_ba.weight`: see `gated_delta.projects`.
 
-    It takes bfloat16 `qkv` `[B, 1, channels]`, `z` `[B, 1, Hv Dv]`, `b`, `a` `[B, 1, Hv]`, dense along the last axis; the ring
-    `[B, channels, R]`, R >= W, and the float32 state `[B, Hv, Dk, Dv]`, both dense and updated in place; `positions`, int64
-    `[B, 1]`, and `real`, bool `[B, 1]` or None.  Returns `[B, 1, Hv Dv]` in the dtype of `qkv`, zero for what is no token, or
-    fills `out`.  `reader`: the layer that takes the result; codes and scales are left with it where a head suffices for them.
-    Reads nothing back to the host.
+    It takes bfloat16 `qkv` `[B, 1, channels]`, `z` `[B, 1, Hv Dv]`, and `ba` `[B, 1, 2 Hv]`, b before a, or what it projects to
+    them, `[B, 1, H]`, all dense along the last axis; the ring `[B, channels, R]`, R >= W, and the float32 state
+    `[B, Hv, Dk, Dv]`, both dense and updated in place; `positions`, int64 `[B, 1]`, and `real`, bool `[B, 1]` or
+    None.  Returns `[B, 1, Hv Dv]` in the dtype of `qkv`, zero for what is no token, or fills `out`.  `reader`: the layer that
+    takes the result; codes and scales are left with it where a head suffices for them.  Reads nothing back to the host.
     """
     s = sizes
     weight, A_log, dt_bias, norm = (tensors[name] for name in ("conv1d.weight", "A_log", "dt_bias", "norm.weight"))
     keys, values = triton.next_power_of_2(s.key_dim), triton.next_power_of_2(s.value_dim)
+    projection = tensors["in_proj_ba.weight"] if projects(tensors) else None
+    hidden = 0 if projection is None else projection.shape[1]
 
     def step(
-        qkv: Tensor, z: Tensor, b: Tensor, a: Tensor, conv: Tensor, state: Tensor, positions: Tensor,
+        qkv: Tensor, z: Tensor, ba: Tensor, conv: Tensor, state: Tensor, positions: Tensor,
         real: Tensor | None = None, out: Tensor | None = None, reader: Reader | None = None,
     ) -> Tensor:  # fmt: skip
         B, ring, width = len(qkv), conv.shape[-1], s.value_heads * s.value_dim
@@ -262,11 +296,11 @@ def prepare(sizes: Sizes, tensors: Mapping[str, Tensor]) -> Callable[..., Tensor
         result = torch.empty(B, 1, width, dtype=qkv.dtype, device=qkv.device) if out is None else out
         kind, codes, scales = room_for(reader, B, width, s.value_dim, qkv.device)
         gated_delta_step_kernel[(s.value_heads, B)](
-            qkv, z, b, a, conv, weight, A_log, dt_bias, norm, state, positions.contiguous(),
+            qkv, z, ba, projection, conv, weight, A_log, dt_bias, norm, state, positions.contiguous(),
             None if real is None else real.contiguous(), result, codes, scales,
-            qkv.stride(0), z.stride(0), b.stride(0), a.stride(0), s.eps,
+            qkv.stride(0), z.stride(0), ba.stride(0), s.eps,
             s.key_heads, s.value_heads, s.key_dim, s.value_dim, keys, values, s.width, ring, s.gate == "silu",
-            KINDS.index(kind), num_warps=WARPS,
+            KINDS.index(kind), hidden, AT_ONCE, num_warps=WARPS,
         )  # fmt: skip
         leave(reader, result, codes, scales)
         return result

@@ -6,6 +6,7 @@ Layers of linear attention (a gated delta net) and of gated softmax attention al
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from runtime.architecture import RotaryArchitecture, refused
 from runtime.builder import LayerBuilder
 from runtime.convolution import CausalConv1d
-from runtime.kernels.gated_delta import Sizes, gated_delta
+from runtime.kernels.gated_delta import Sizes, gated_delta, projects
 from runtime.kernels.table import DELTA_SCAN, DELTA_STEP
 from runtime.layers import Linear, stored
 from runtime.models.base import CausalLM, Draft, GatedMLP, Trunk, readers_of
@@ -124,10 +125,20 @@ class GatedDeltaNet(RecurrentMixer):
 
     def forward(self, x: Tensor, at: Tokens, cache: RecurrentCache) -> Tensor:
         """`[B, T, H]` to `[B, T, H]`; no rotary positions: order is in the recurrence."""
-        return self.out_proj(self.recur(*self.qkv_z(x), *self.b_a(x), at=at, cache=cache))
+        return self.out_proj(self.recur(*self.qkv_z(x), x, at=at, cache=cache))
 
-    def mix(self, qkv: Tensor, z: Tensor, b: Tensor, a: Tensor, *, at: Tokens, cache: RecurrentCache) -> Tensor:
-        """`[B, T, channels]`, `[B, T, Hv * dv]` and twice `[B, T, Hv]` to `[B, T, Hv * dv]`."""
+    def for_kernel(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """With b and a, unless it projects them itself."""
+        qkv, z, x = inputs
+        return inputs if self._kernel_projects else (qkv, z, torch.cat(self.b_a(x), -1))
+
+    @functools.cached_property
+    def _kernel_projects(self) -> bool:
+        return projects(dict(self.named_parameters()))
+
+    def mix(self, qkv: Tensor, z: Tensor, x: Tensor, *, at: Tokens, cache: RecurrentCache) -> Tensor:
+        """`[B, T, channels]`, `[B, T, Hv * dv]` and the layer's input `[B, T, H]` to `[B, T, Hv * dv]`."""
+        b, a = self.b_a(x)
         qkv = F.silu(self.conv1d(qkv, at, cache))
         k_rows = self.key_heads * self.key_dim
         q, k, v = qkv.split([k_rows, k_rows, self.value_heads * self.value_dim], -1)
