@@ -71,35 +71,53 @@ def compile_for(twin: CausalLM, uses: Sequence[Use], device: torch.device) -> No
     """Compile what `uses` launch on `device`.  `twin`: the model on the meta device, with the stored dtypes."""
     from triton.runtime._async_compile import AsyncCompileMode
 
-    if device.type == "cuda":
+    if device.index is not None:
         torch.cuda.set_device(device)  # of this thread; Triton compiles for the current one
     for row in table.ROWS:
         if row.cuda is not None and device.type != "cpu" and table.obstacle(row, table.machine(device)) is None:
             table.works(row.module, device)  # by launches, which there are none of below
-    with standing_for(device), ThreadPoolExecutor(os.cpu_count()) as pool, AsyncCompileMode(pool), _compiles_only():
-        for use in uses:
-            longest = -(-use.longest // LENGTHS) * LENGTHS
-            steps = Steps(twin, kind_of(len(use.lengths), use.sampling, use.logprobs), longest)
-            prompts = [torch.zeros(length, dtype=torch.int64) for length in use.lengths]
-            twin.logits(prefill(twin, prompts, steps.state.first(len(prompts))))
-            steps.step()
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        with standing_for(device), AsyncCompileMode(pool), _compiles_only() as kernels:
+            _launch(twin, uses)
+        list(pool.map(_load, kernels))
+
+
+def _launch(twin: CausalLM, uses: Sequence[Use]) -> None:
+    """Everything that `uses` launch."""
+    for use in uses:
+        longest = -(-use.longest // LENGTHS) * LENGTHS
+        steps = Steps(twin, kind_of(len(use.lengths), use.sampling, use.logprobs), longest)
+        prompts = [torch.zeros(length, dtype=torch.int64) for length in use.lengths]
+        twin.logits(prefill(twin, prompts, steps.state.first(len(prompts))))
+        steps.step()
+
+
+def _load(kernel: Any) -> None:
+    """Bring a compiled kernel to the device; some versions of Triton also build a launcher in C, which takes as long."""
+    kernel = kernel.result() if hasattr(kernel, "result") else kernel
+    kernel.run  # noqa: B018 (a property that does it)
 
 
 @contextmanager
-def _compiles_only() -> Iterator[None]:
-    """In this thread, launches compile and do no more; Triton has that for a single launch, as `warmup`."""
+def _compiles_only() -> Iterator[list[Any]]:
+    """In this thread, launches compile and do no more; Triton has that for a single launch, as `warmup`.  Gives the kernels."""
     from triton.runtime.jit import JITFunction
 
-    run = JITFunction.run
+    run, kernels = JITFunction.run, {}
 
     def either(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
-        return run(self, *args, grid=grid, warmup=warmup or _COMPILES_ONLY.get(), **options)
+        found = run(self, *args, grid=grid, warmup=warmup or _COMPILES_ONLY.get(), **options)
+        if _COMPILES_ONLY.get():
+            kernels[id(found)] = found
+        return found
 
     with _LOCK:
         JITFunction.run = either
         token = _COMPILES_ONLY.set(True)
         try:
-            yield
+            found: list[Any] = []
+            yield found
+            found.extend(kernels.values())
         finally:
             _COMPILES_ONLY.reset(token)
             JITFunction.run = run
