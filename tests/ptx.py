@@ -516,13 +516,14 @@ def shuffling(parts: list[str], operands: list[str]) -> Step:
 def reducing(parts: list[str], operands: list[str]) -> Step:
     name, kind = parts[1], parts[-1]
     to, a, mask = operands
-    if len(parts) != 3:
+    if parts[2:-1] not in ([], ["abs"]):
         raise FaultError(f"not known: redux.{'.'.join(parts)}")
     over = {"min": np.fmin, "max": np.fmax, "add": np.add, "or": np.bitwise_or, "and": np.bitwise_and}[name]
 
     def step(m: Launch, on: Array | None) -> None:
         warps = m.whole_warps(on)
         value, masks = (np.broadcast_to(m.get(x, k), m.lanes).reshape(-1, WARP)[warps] for x, k in ((a, kind), (mask, "u32")))
+        value = np.abs(value) if "abs" in parts else value
         members = (masks[:, :, None] >> np.arange(WARP, dtype=np.uint32) & 1).astype(bool)  # [warps, thread, of whom]
         if not members[:, np.arange(WARP), np.arange(WARP)].all() or (members != members.swapaxes(1, 2)).any():
             raise FaultError("the threads of a warp do not agree on who takes part")
