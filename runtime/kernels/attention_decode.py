@@ -30,7 +30,7 @@ from torch import Tensor
 
 from runtime.format import FP8_MAX
 from runtime.kernels.fp8_quantize import to_codes
-from runtime.kernels.tiles import COUNTERS, INTERPRETED, counters, multiprocessors, show_copies
+from runtime.kernels.tiles import COUNTERS, INTERPRETED, counters, multiprocessors, operand, show_copies
 
 SCHEMES = ("kv bf16", "kv fp8")
 ACTIVATIONS: tuple[str | None, ...] = (None,)
@@ -273,7 +273,7 @@ def attend_kernel(
             there = there & (step < steps)
         if QUERIES >= 64 and not INTERPRETED:
             show_copies(step)
-        scores = tl.dot(queries, tl.trans(as_operand(keys, INTERPRETED)), input_precision="ieee") * factor
+        scores = tl.dot(queries, tl.trans(operand(as_operand(keys, INTERPRETED), QUERIES)), input_precision="ieee") * factor
         scores = tl.where(there[None, :], scores, -float("inf"))
         highest = tl.maximum(m, tl.max(scores, 1))
         safe = tl.where(highest == -float("inf"), 0.0, highest)  # nothing visible so far: all exponents are -inf
@@ -284,7 +284,7 @@ def attend_kernel(
         if INTERPRETED:
             sums += tl.dot(weights, as_operand(values, INTERPRETED), input_precision="ieee")
         else:
-            sums = tl.dot(weights.to(tl.bfloat16), as_operand(values, INTERPRETED), sums)
+            sums = tl.dot(weights.to(tl.bfloat16), operand(as_operand(values, INTERPRETED), QUERIES), sums)
         m = highest
 
     if RANGES > 1:  # noqa: SIM102 (known when the kernel is compiled)

@@ -41,6 +41,7 @@ from runtime.kernels.tiles import (
     add_partials,
     counters,
     leave_partial,
+    operand,
     show_copies,
     tiles_for,
     workspace,
@@ -147,7 +148,7 @@ def sum_products(
         elif CODES:
             product = tl.dot(w.to(tl.float16), tl.trans(a.to(tl.float16)))
         else:
-            product = tl.dot(w.to(tl.float32).to(tl.bfloat16), tl.trans(a))
+            product = tl.dot(w.to(tl.float32).to(tl.bfloat16), tl.trans(operand(a, ROWS)))
         column = tl.minimum(first + step, COLUMNS - 1)  # beyond K products are 0
         if scales is not None:
             product *= tl.load(scales + column)[:, None]

@@ -28,6 +28,7 @@ from runtime.kernels.tiles import (
     add_partials,
     counters,
     leave_partial,
+    operand,
     show_copies,
     tiles_for,
     workspace,
@@ -87,7 +88,7 @@ def mxfp8_linear_kernel(
             if INTERPRETED:
                 product = tl.dot(w.to(tl.float32), tl.trans(a.to(tl.float32)), input_precision="ieee")
             else:
-                product = tl.dot(w.to(tl.float32).to(tl.bfloat16), tl.trans(a))
+                product = tl.dot(w.to(tl.float32).to(tl.bfloat16), tl.trans(operand(a, ROWS)))
             bits = power.to(tl.int32)
             bits = tl.where(bits == 0, 0x400000, bits << 23)  # 0 is 2**-127
             sums += product * bits.to(tl.float32, bitcast=True)[:, None]

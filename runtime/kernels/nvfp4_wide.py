@@ -22,7 +22,7 @@ from torch import Tensor
 
 from runtime.kernels.nvfp4_linear import decode, load_scales, select_scales
 from runtime.kernels.nvfp4_quantize import GROUPS_AT_ONCE, by_nibble
-from runtime.kernels.tiles import show_copies
+from runtime.kernels.tiles import operand, show_copies
 
 
 @triton.jit
@@ -85,7 +85,7 @@ def sum_wide(
             if INTERPRETED:
                 sums += tl.dot(decode(w, scales, j, INTERPRETED), tl.trans(a.to(tl.float32)), input_precision="ieee")
             else:
-                sums = tl.dot(decode(w, scales, j, INTERPRETED), tl.trans(a), sums)
+                sums = tl.dot(decode(w, scales, j, INTERPRETED), tl.trans(operand(a, ROWS)), sums)
         weights += WORDS
         blocks += PER_STEP
         inputs += WORDS * 8

@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from triton.language import target_info
+from triton.language.extra.cuda import num_warps
 
 from runtime.kernels.tuned import lookup
 from runtime.kernels.twin import actual
@@ -31,6 +32,9 @@ H200_SMS = 132
 FENCE = tl.constexpr("fence.proxy.async.shared::cta; mov.b32 $0, $1;")
 # The interpreter computes wrongly in bfloat16 and cannot run inline assembly: kernels then work in float32.
 INTERPRETED: bool = triton.knobs.runtime.interpret
+# Before 3.8, Triton lets `wgmma` and `tcgen05` read what `cp.async` brought to shared memory with no fence between
+# (triton-lang/triton, pull request 9610).  That gave wrong numbers on B200 (pytorch/pytorch, issue 181248).
+FENCED = tl.constexpr(INTERPRETED or tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 8))
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,9 +122,23 @@ def workspace(tiles: Tiles, N: int, device: torch.device) -> Tensor:
 
 
 @triton.jit
+def operand(x: tl.tensor, ROWS: tl.constexpr) -> tl.tensor:
+    """Bfloat16 that was loaded and is multiplied as it is, into a product of `ROWS` rows.
+
+    Where Triton forgets a fence, the product is of a size for `tcgen05`, and `show_copies` cannot help, it passes through
+    registers: what is stored to shared memory from there is fenced.
+    """
+    if FENCED or ROWS < 64 or num_warps() % 4 != 0 or not target_info.cuda_capability_geq(10):
+        return x
+    else:
+        return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], tl.bfloat16, is_pure=True, pack=2)
+
+
+@triton.jit
 def show_copies(step: tl.tensor) -> None:
     """Before a matmul of four warps or more on sm_90: what asynchronous copies brought to shared memory is there for `wgmma`
-    too, which reads it another way.  Triton 3.6 forgets this, and for sm_100 compiles no such fence.  `step`: any number."""
+    too, which reads it another way.  Triton 3.6 forgets this, and for sm_100 compiles no such fence: there, see `operand`.
+    `step`: any number."""
     if target_info.cuda_capability_geq(9) and not target_info.cuda_capability_geq(10):
         tl.inline_asm_elementwise(FENCE, "=r,r", [step], tl.int32, is_pure=False, pack=1)
 
