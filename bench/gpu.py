@@ -114,6 +114,7 @@ class Apart:
                 return f"took more than {limit_s:.0f} s"
             if said is None:
                 code = process.wait()
+                self._keeper.join(10)  # its last words
                 self.close()
                 return f"ended its process with code {code}: {' | '.join(self._errors[-2:])}"
             if not said.startswith("{"):
@@ -156,8 +157,9 @@ class Apart:
                 if text.strip():
                     errors.append(text.strip()[:300])
 
-        for work in (listen, keep):
-            threading.Thread(target=work, daemon=True).start()
+        self._keeper = threading.Thread(target=keep, daemon=True)
+        self._keeper.start()
+        threading.Thread(target=listen, daemon=True).start()
         self._process = process
         return process
 
