@@ -36,6 +36,7 @@ import torch
 import triton
 from ptx import parse
 from ptx_machine import FaultError, Launch, Program, Region
+from traffic import Counted, shares
 from triton.backends.compiler import GPUTarget
 
 SHARED = 232448  # bytes that a program may have on sm_90 and sm_100
@@ -45,6 +46,9 @@ SCRATCH = 2  # pointers that Triton appends to the arguments
 UNORDERED = {("attend_kernel", argument) for argument in ("held", "kept_k", "kept_v")}
 MODELS = (("qwen3_5_moe", "NVFP4", False), ("nemotron_h", "FP8 static", True), ("step3p5", "FP8 blocks", False))
 TARGET = [90]  # generation
+LAUNCH: list[type[Launch]] = [Launch]  # what executes
+LINEARS = (("fp8_linear", "fp8_channel"), ("nvfp4_linear", "nvfp4"))
+TRAFFIC = tuple((*linear, M) for linear in LINEARS for M in (1, 8))
 # For sm_100: where tensor memory is used, with one exponent per group too, and instructions that sm_90 does not have
 FEW = (
     ("attention_decode", "many queries"), ("fp8_experts", "rows"), ("fp8_linear", "rows"), ("fp8_linear", "groups"),
@@ -90,7 +94,7 @@ class Launcher:
                 values.append(float(argument) if kind.startswith("fp") else int(argument))
         code, multiplies = program(path)
         MULTIPLIED.update(multiplies)
-        Launch(code, (x, y, z), self.warps, self.shared, values + [0] * SCRATCH, regions).run()
+        LAUNCH[0](code, (x, y, z), self.warps, self.shared, values + [0] * SCRATCH, regions).run()
 
 
 class Driver:
@@ -235,6 +239,22 @@ def whole_model(family: str, scheme: str, quantized: bool) -> dict[str, float]:
     return {"logits": error(found), "usual": error(usual), "ahead": len(ahead), "late": len(late)}
 
 
+def traffic(name: str, scheme: str, M: int) -> dict[str, float]:
+    """See `traffic.shares`, of a linear layer whose K is long and not split."""
+    from runtime.kernels.cases import Case, make_inputs, make_tensors
+    from runtime.kernels.tiles import choose_tiles
+
+    cpu, case = torch.device("cpu"), Case("traffic", scheme, (128,), 4096)
+    kernel = importlib.import_module(f"runtime.kernels.{name}")
+    tensors, x = make_tensors(case, cpu, 1), make_inputs(case, M, cpu, 2)
+    run, cut = kernel.prepare(case.spec(), tensors), choose_tiles(kernel.SHAPES, M, *case.spec().shape, sms=1)
+    LAUNCH[0] = Counted
+    try:
+        return shares(lambda: run(x, tiles=cut), sum(t.nbytes for t in tensors.values()))
+    finally:
+        LAUNCH[0] = Launch
+
+
 def results(chosen: list[tuple[str, str, Any]], faults: Sequence[str], models: Sequence[Any]) -> Iterator[dict[str, Any]]:
     """For each case its errors, or what went wrong; also which instructions multiply matrices."""
     faulty = importlib.import_module("faulty_kernels")
@@ -242,6 +262,8 @@ def results(chosen: list[tuple[str, str, Any]], faults: Sequence[str], models: S
     for label, name, case in chosen:
         work.append((label, functools.partial(runs, importlib.import_module(f"runtime.kernels.{name}"), case)))
     work += [(" ".join(map(str, model)), functools.partial(whole_model, *model)) for model in models]
+    if models:
+        work += [(" ".join(map(str, one)), functools.partial(traffic, *one)) for one in TRAFFIC]
     for label, run in work:
         MULTIPLIED.clear()
         try:

@@ -64,6 +64,20 @@ def test_whole_models(model: tuple[Any, ...], emulated_runs: dict[str, dict[str,
     assert found["late"] == 0
 
 
+# Of the cycles in which memory gives an H200 the weights: how many shared memory and the cache may be busy.
+BUSY = {("fp8_linear", 1): (0.40, 0.30), ("fp8_linear", 8): (0.40, 0.32),
+        ("nvfp4_linear", 1): (0.53, 0.54), ("nvfp4_linear", 8): (0.53, 0.73)}  # fmt: skip
+
+
+@pytest.mark.parametrize("linear", emulated.TRAFFIC, ids=str)
+def test_memory_of_the_multiprocessor_keeps_up(linear: tuple[str, str, int], emulated_runs: dict[str, dict[str, Any]]) -> None:
+    """No conflicts of banks, no scattered reads that would take longer than the weights themselves."""
+    found = emulated_runs[" ".join(map(str, linear))]["errors"]
+    turns, lines = BUSY[linear[0], linear[2]]
+    assert 0.2 < found["turns"] < turns
+    assert 0.2 < found["lines"] < lines
+
+
 SAID = {
     "reads_beyond": "ld.global.b32 { %r1 }, [ %rd1 + 0 ]: thread 64 of program 1: 4 bytes at x + 768, which has 768 bytes",
     "writes_beyond": "thread 127 of program 1: 4 bytes at y + 1020, which has 1020 bytes",
