@@ -146,7 +146,7 @@ def sum_products(
         if INTERPRETED:
             product = tl.dot(w.to(tl.float32), tl.trans(a.to(tl.float32)), input_precision="ieee")
         elif CODES:
-            product = tl.dot(w.to(tl.float16), tl.trans(a.to(tl.float16)))
+            product = tl.dot(w.to(tl.float16), tl.trans(operand(a.to(tl.float16), ROWS)))
         else:
             product = tl.dot(w.to(tl.float32).to(tl.bfloat16), tl.trans(operand(a, ROWS)))
         column = tl.minimum(first + step, COLUMNS - 1)  # beyond K products are 0

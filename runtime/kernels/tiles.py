@@ -123,15 +123,15 @@ def workspace(tiles: Tiles, N: int, device: torch.device) -> Tensor:
 
 @triton.jit
 def operand(x: tl.tensor, ROWS: tl.constexpr) -> tl.tensor:
-    """Bfloat16 that was loaded and is multiplied as it is, into a product of `ROWS` rows.
+    """16-bit numbers that were loaded and are multiplied as they are, into a product of `ROWS` rows.
 
-    Where Triton forgets a fence, the product is of a size for `tcgen05`, and `show_copies` cannot help, it passes through
+    Where Triton forgets a fence, the product is of a size for `tcgen05`, and `show_copies` cannot help, they pass through
     registers: what is stored to shared memory from there is fenced.
     """
     if FENCED or ROWS < 64 or num_warps() % 4 != 0 or not target_info.cuda_capability_geq(10):
         return x
     else:
-        return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], tl.bfloat16, is_pure=True, pack=2)
+        return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], x.dtype, is_pure=True, pack=2)
 
 
 @triton.jit
