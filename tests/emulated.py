@@ -36,7 +36,7 @@ import torch
 import triton
 from ptx import parse
 from ptx_machine import FaultError, Launch, Program, Region
-from traffic import Counted, shares
+from traffic import Counted, aligned, shares
 from triton.backends.compiler import GPUTarget
 
 SHARED = 232448  # bytes that a program may have on sm_90 and sm_100
@@ -246,7 +246,7 @@ def traffic(name: str, scheme: str, M: int) -> dict[str, float]:
 
     cpu, case = torch.device("cpu"), Case("traffic", scheme, (128,), 4096)
     kernel = importlib.import_module(f"runtime.kernels.{name}")
-    tensors, x = make_tensors(case, cpu, 1), make_inputs(case, M, cpu, 2)
+    tensors, x = {role: aligned(t) for role, t in make_tensors(case, cpu, 1).items()}, aligned(make_inputs(case, M, cpu, 2))
     run, cut = kernel.prepare(case.spec(), tensors), choose_tiles(kernel.SHAPES, M, *case.spec().shape, sms=1)
     LAUNCH[0] = Counted
     try:

@@ -10,7 +10,9 @@ from collections import Counter
 from typing import Any, ClassVar
 
 import numpy as np
+import torch
 from ptx_machine import Array, Launch, Region
+from torch import Tensor
 
 LINE, BANKS = 128, 32
 PER_CYCLE = 4.3e12 / 132 / 1.98e9  # bytes that the memory of an H200 gives one multiprocessor in a cycle
@@ -42,6 +44,13 @@ class Counted(Launch):
             most[int(which)] = max(most.get(int(which), 0), int(count))
         self.cycles["turns"] += sum(most.values())
         return super().in_shared(lanes, address, size, align)
+
+
+def aligned(tensor: Tensor) -> Tensor:
+    """A copy that begins with a line, as allocations on a GPU do."""
+    memory = torch.empty(tensor.nbytes + LINE, dtype=torch.uint8)
+    start = -memory.data_ptr() % LINE
+    return memory[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape).copy_(tensor)
 
 
 def shares(launch: Any, nbytes: int) -> dict[str, float]:
