@@ -48,7 +48,8 @@ if "--device=cpu" in sys.argv or ("--device" in sys.argv and "cpu" in sys.argv):
 import torch
 
 from bench import tune
-from bench.gpu_rows import PARTS, Bench, Line, Part, Row, target_lines
+from bench.gpu_rows import PARTS, Bench, Line, Part, Row
+from bench.targets import target_lines
 from runtime.kernels import tuned
 
 ALL = {**PARTS, **tune.PARTS}

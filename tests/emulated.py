@@ -31,7 +31,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import numpy as np
-import ptx_blackwell  # noqa: F401  (its instructions)
+import ptx_blackwell  # noqa: F401  (its instructions, and those of `ptx_matrices`)
 import torch
 import triton
 from ptx import parse

@@ -14,8 +14,9 @@ import functools
 from dataclasses import dataclass, field
 
 import numpy as np
-from ptx import LANE, MAKERS, from_bf16, laid_out, makes, product, split_operands
-from ptx_machine import FOR_OTHERS, WARP, Array, FaultError, Launch, Step
+from ptx import MAKERS, makes, split_operands
+from ptx_machine import FOR_OTHERS, WARP, Array, FaultError, Launch, Step, from_bf16
+from ptx_matrices import LANE, laid_out, product
 
 LANES, COLUMNS = 128, 512
 LEADER = 11  # whom `elect.sync` chooses; any thread of a warp, always the same

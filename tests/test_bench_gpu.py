@@ -16,7 +16,7 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from bench import gpu, gpu_rows, models
+from bench import gpu, gpu_rows, models, targets
 from bench.gpu_rows import Bench, Line, Part, Row
 from runtime.kernels import fp8_experts, fp8_linear, nvfp4_experts, nvfp4_linear
 from runtime.kernels.cases import Case, ExpertCase, make_inputs, make_tensors
@@ -234,7 +234,7 @@ def test_all_that_is_timed_is_compiled_before(monkeypatch: pytest.MonkeyPatch) -
 
 def test_layers_with_targets_are_timed_first() -> None:
     names = [row.name for row in gpu_rows.kernel_rows(Bench(CPU))]
-    wanted = gpu_rows._big_layers("fp8", 50) | gpu_rows._big_layers("nvfp4", 28)
+    wanted = gpu_rows.big_layers("fp8", 50) | gpu_rows._big_layers("nvfp4", 28)
     assert {*names[: len(wanted)]} == wanted
 
 
@@ -333,7 +333,7 @@ def test_targets() -> None:
         Line("load", "qwen3_5 FP8 blocks: loading", {"of least": 2.5}),  # a tiny one
     ]
     dropped = ["kernels: another", "decode: Qwen3.5-35B-A3B FP8"]
-    found = {line.name: line.values for line in gpu_rows.target_lines(lines, dropped)}
+    found = {line.name: line.values for line in targets.target_lines(lines, dropped)}
     verdicts = {name: values["verdict"] for name, values in found.items() if values["verdict"] != "not measured"}
     assert verdicts == {
         "FP8 GEMV, weight >= 50 MB: share of B": "accept",
@@ -355,7 +355,7 @@ def test_targets() -> None:
         "load, page cache warm: of the least of copy and read": "gave no figure",
         "device memory above weights, KV and state": "gave no figure",
     }
-    assert not any(line.failed for line in gpu_rows.target_lines([]))
+    assert not any(line.failed for line in targets.target_lines([]))
 
 
 def test_report() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 import numpy as np
-import ptx_blackwell  # noqa: F401  (its instructions)
+import ptx_blackwell  # noqa: F401  (its instructions, and those of `ptx_matrices`)
 import pytest
 import torch
 from ptx import MAKERS, parse, to_bf16, to_e4m3
