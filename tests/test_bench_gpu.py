@@ -234,7 +234,7 @@ def test_all_that_is_timed_is_compiled_before(monkeypatch: pytest.MonkeyPatch) -
 
 def test_layers_with_targets_are_timed_first() -> None:
     names = [row.name for row in gpu_rows.kernel_rows(Bench(CPU))]
-    wanted = gpu_rows.big_layers("fp8", 50) | gpu_rows._big_layers("nvfp4", 28)
+    wanted = gpu_rows.big_layers("fp8", 50) | gpu_rows.big_layers("nvfp4", 28)
     assert {*names[: len(wanted)]} == wanted
 
 
